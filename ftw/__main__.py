@@ -1,0 +1,39 @@
+"""`ftw VERB ...`: hands over to `python -m ftw.cli.VERB` with the arguments untouched.
+
+A process replaced by another keeps `sys.argv` honest: Lightning starts further processes with it, and Hydra reads it.
+"""
+
+import os
+import sys
+
+VERBS = {
+    "demo": "the whole way on real input: concepts, states, lenses, figures, a live reading, a report",
+    "concepts": "build, show or verify a concept pack",
+    "collect": "run the substrate over texts and keep its states in an encyclopedia",
+    "train": "train, calibrate and evaluate lenses, and write a pack (collects what is missing)",
+    "evaluate": "figures of a pack on held-out texts",
+    "monitor": "generate with the lenses live",
+}
+
+
+def main() -> None:
+    """Run one verb, or say which there are."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("--version", "-V"):
+        from importlib.metadata import version
+
+        print(f"ftw {version('ftw-lenses')}")
+    elif verb in VERBS:
+        os.execv(sys.executable, [sys.executable, "-m", f"ftw.cli.{verb}", *sys.argv[2:]])
+    else:
+        lines = [f"  ftw {name:<10}{words}" for name, words in VERBS.items()]
+        text = "\n".join(["usage: ftw VERB [key=value ...]", "", *lines, "", "ftw VERB --help says what a verb takes."])
+        if verb in ("--help", "-h", "help"):
+            print(text)
+        else:
+            print(f"ftw: there is no verb {verb!r}\n\n{text}", file=sys.stderr)
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""A run's folder: what was asked, what it was made of, and where the newest one is."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from ftw import paths
+from ftw.substrate.sources import Fetched
+
+PACKAGES = ("ftw-lenses", "torch", "transformers", "pytorch-lightning", "hydra-core", "scikit-learn", "h5py", "safetensors", "numpy")
+
+
+def run_folder() -> Path:
+    """Folder of this run, made by Hydra."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def command() -> str:
+    """The command line that started this run."""
+    verb = Path(sys.argv[0]).stem
+    return " ".join(["ftw", verb, *(f"'{word}'" if " " in word else word for word in sys.argv[1:])])
+
+
+def config_yaml(job: Any) -> str:
+    """The resolved configuration."""
+    return OmegaConf.to_yaml(asdict(job) if is_dataclass(job) and not isinstance(job, type) else job)
+
+
+def provenance(job: Any, inputs: Sequence[Fetched]) -> dict[str, Any]:
+    """Command, configuration, versions, machine, commit, inputs with hashes, time."""
+    return {
+        "command": command(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": getattr(job, "seed", None),
+        "git": _git(),
+        "versions": versions(),
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "inputs": inputs_table(inputs),
+        "config": json.loads(json.dumps(asdict(job), default=str)),
+    }
+
+
+def inputs_table(inputs: Sequence[Fetched]) -> list[dict[str, Any]]:
+    """Every source with the address that gave it and the hashes of its files."""
+    return [{"name": i.name, "address": i.address, "sha256": i.sha256, "notice": i.notice} for i in inputs]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    with paths.replace_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def point_latest(folder: Path) -> None:
+    """Make `runs/latest` a link to a finished run."""
+    latest = folder.parent / "latest"
+    temporary = folder.parent / f".latest.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.name)
+    temporary.replace(latest)
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the checkout that FTW runs from, or None when it was installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor()

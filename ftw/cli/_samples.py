@@ -1,0 +1,89 @@
+"""From a job to its samples: the substrate, the concepts, the table, and where everything came from."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ftw.errors import ConfigError
+from ftw.map.collect import CollectConfig
+from ftw.map.compose import ComposeConfig, compose
+from ftw.map.concept import ConceptPack
+from ftw.map.concept_source import load_concepts
+from ftw.map.labelled import LabelledConfig, read
+from ftw.map.samples import SampleTable
+from ftw.map.wordnet import WordNet
+from ftw.substrate.model import Substrate, SubstrateConfig
+from ftw.substrate.sources import Fetched, fetch, lock
+
+
+@dataclass
+class Sources:
+    """Fetches sources and remembers them, so that a run can say what it was made of."""
+
+    fetched: list[Fetched] = field(default_factory=list)
+
+    def fetch(self, name: str, **options: Any) -> Fetched:
+        """A source by its name in the lock file, from the cache or from its addresses."""
+        known = next((one for one in self.fetched if one.name == name), None)
+        if known is None:
+            known = fetch(name, **options)
+            self.fetched.append(known)
+        return known
+
+    def substrate(self, config: SubstrateConfig) -> Substrate:
+        """The substrate of a configuration, its source remembered when the lock file knows it."""
+        if config.path is None and config.name in lock():
+            self.fetch(config.name, order=config.sources, revision=config.revision)
+        return config.build()
+
+    def concepts(self, config: Any) -> ConceptPack:
+        """The concept pack of a configuration."""
+        return load_concepts(config, lambda: self.fetch("wordnet-3.0").folder)
+
+
+@dataclass
+class Samples:
+    """A table with the concepts it is about (None for labelled data) and what a reader must be told."""
+
+    table: SampleTable
+    concepts: ConceptPack | None
+    lines: list[str]
+
+
+def samples(job: Any, substrate: Substrate | None, sources: Sources, *, concepts: ConceptPack | None = None) -> Samples:
+    """The sample table that a job asks for.
+
+    Raises:
+        ConfigError: `data` is of no known kind.
+    """
+    data = job.data
+    if isinstance(data, LabelledConfig):
+        table, report = read(data, job.seed)
+        return Samples(table, None, report.lines())
+    if isinstance(data, ComposeConfig):
+        pack = concepts or sources.concepts(job.concepts)
+        wordnet = WordNet.open(sources.fetch("wordnet-3.0").folder)
+        if data.heldout == "wikipedia":
+            sources.fetch("wikipedia-leads")
+        table = compose(pack, wordnet, substrate, data, job.seed)
+        return Samples(table, pack, [f"{len(pack)} concepts on {len(pack.levels)} levels", *describe(table)])
+    raise ConfigError("data is of no known kind; choose data=wordnet or data=labelled")
+
+
+def describe(table: SampleTable) -> list[str]:
+    """Texts by split and make."""
+    lines = []
+    for split in dict.fromkeys(table.splits):
+        makes: dict[str, int] = {}
+        for index in table.where(split):
+            makes[table.sources[index]] = makes.get(table.sources[index], 0) + 1
+        parts = ", ".join(f"{num:,} {make}" for make, num in makes.items())
+        lines.append(f"{split}: {sum(makes.values()):,} texts ({parts})")
+    return lines
+
+
+def capture(config: CollectConfig, table: SampleTable, layers: list[float]) -> CollectConfig:
+    """The capture that a table needs: without a background split, some tokens of training texts serve for percentiles."""
+    config = replace(config, layers=layers)
+    if len(table.where("background")) or config.tokens_per_text.get("train"):
+        return config
+    return replace(config, tokens_per_text={**config.tokens_per_text, "train": 4})

@@ -1,0 +1,41 @@
+"""`ftw collect`: run the substrate over texts and keep its states in an encyclopedia."""
+
+from rich.console import Console
+
+from ftw.cli import _run
+from ftw.cli._samples import Sources, capture, samples
+from ftw.cli._schema import CollectJob
+from ftw.cli._verb import verb
+from ftw.map.collect import collect, encyclopedia_folder
+from ftw.map.estimate import estimate
+from ftw.ui.steps import steps
+from ftw.ui.terminal import overview
+
+
+def run(job: CollectJob) -> None:
+    """Collect what is missing, or with dry_run=true say what it would cost."""
+    console = Console()
+    run_steps, sources = steps(console=console), Sources()
+    with run_steps.step("Load the substrate") as step:
+        substrate = sources.substrate(job.substrate)
+        step.note(f"{substrate.name}, {substrate.num_layers} blocks of width {substrate.width}")
+    with run_steps.step("Make the samples") as step:
+        made = samples(job, substrate, sources)
+        step.note(made.lines[0])
+    console.print("\n".join(f"       {line}" for line in made.lines), style="dim", highlight=False)
+    config = capture(job.map.encyclopedia, made.table, job.layers)
+    spec = config.spec(substrate)
+    folder = encyclopedia_folder(made.table, spec)
+    if job.dry_run:
+        cost = estimate(made.table, spec, substrate, measure=True)
+        console.print("\n".join(cost.lines()), highlight=False)
+        console.print(f"would go to {folder}", highlight=False)
+        return
+    with run_steps.step("Collect states") as step, collect(substrate, made.table, config) as encyclopedia:
+        step.note(f"{len(encyclopedia.table):,} texts")
+    _run.write_json(_run.run_folder() / "run.json", _run.provenance(job, sources.fetched))
+    console.print(overview("Encyclopedia", {"folder": str(folder), "layers": str(list(spec.layers)), "precision": spec.precision}))
+
+
+if __name__ == "__main__":
+    verb("collect", run)

@@ -1,0 +1,32 @@
+"""`ftw demo`: the whole way on real input, from concepts to a live reading and a report."""
+
+from rich.console import Console
+
+from ftw.cli._schema import DemoJob
+from ftw.cli._verb import verb
+from ftw.cli.monitor import answer, pack_colours
+from ftw.cli.train import leave_results, train_run
+from ftw.hat.monitor import Monitor
+from ftw.ui.steps import steps
+from ftw.ui.terminal import overview
+
+
+def demo(job: DemoJob) -> None:
+    """Fetch, build, collect, train, calibrate, evaluate, and read an answer token by token."""
+    run_steps = steps(total=5, console=Console())
+    trained = train_run(job, run_steps)
+    if trained is None:
+        return
+    with run_steps.step("Answer a prompt, lenses live"):
+        meta = {"pack": trained.pack.pack_id, "pack_version": trained.pack.version}
+        reader = Monitor(trained.substrate, trained.pack.bank(), top_k=job.top_k, meta=meta)
+        timeline = answer(reader, job.prompt, job.generation, job.seed, pack_colours(trained.pack), run_steps.console)
+        timeline.save(trained.folder / "timeline.json")
+    leave_results(job, trained, run_steps, title="FTW demo", timeline=timeline)
+    run_steps.console.print(run_steps.table())
+    rows = {"report": "runs/latest/report.html", "figures": "runs/latest/metrics.json", "pack": "runs/latest/pack"}
+    run_steps.console.print(overview("Written", {**rows, "next": 'ftw monitor prompt="Tell me about volcanoes."'}))
+
+
+if __name__ == "__main__":
+    verb("demo", demo)

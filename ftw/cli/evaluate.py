@@ -1,0 +1,83 @@
+"""`ftw evaluate`: figures of a lens pack on held-out texts."""
+
+from dataclasses import replace
+
+from rich.console import Console
+
+from ftw.cli import _run
+from ftw.cli._samples import Sources, samples
+from ftw.cli._schema import EvaluateJob
+from ftw.cli._verb import verb
+from ftw.errors import DataError
+from ftw.map.collect import collect
+from ftw.map.labelled import LabelledConfig
+from ftw.map.pack import LensPack, load_pack
+from ftw.map.samples import SampleTable
+from ftw.map.training.fit import evaluate_stack
+from ftw.ui.report import write_report
+from ftw.ui.steps import steps
+from ftw.ui.terminal import evaluation_table, overview
+
+
+def evaluate(job: EvaluateJob) -> None:
+    """Read the test rows of the data with the pack's lenses; print and write the figures."""
+    run_steps, sources = steps(console=Console()), Sources()
+    pack = load_pack(job.pack)
+    with run_steps.step("Load the substrate"):
+        substrate = sources.substrate(job.substrate)
+        pack.check(substrate)
+    with run_steps.step("Make the samples") as step:
+        if job.texts is not None:
+            if not isinstance(job.data, LabelledConfig):
+                raise DataError("texts=... names labelled texts; leave out data=..., or give data=labelled")
+            job.data = replace(job.data, path=job.texts)
+        made = samples(job, substrate, sources, concepts=pack.concepts)
+        table = test_rows(made.table, pack)
+        step.note(f"{len(table):,} texts")
+    config = replace(
+        job.map.encyclopedia,
+        layers=[float(layer) for layer in pack.recipe.layers],
+        max_tokens=pack.recipe.max_tokens,
+        tokens_per_text={},
+    )
+    with run_steps.step("Collect states"):
+        encyclopedia = collect(substrate, table, config)
+    with encyclopedia, run_steps.step("Evaluate"):
+        known = pack.subset([name for name in pack.names if name in set(table.concepts)])
+        evaluation = evaluate_stack(known.stack, encyclopedia, config=job.evaluate, pool=pack.recipe.pooling, text=known.text)
+    folder = _run.run_folder()
+    _run.write_json(folder / "metrics.json", evaluation.to_json())
+    _run.write_json(folder / "run.json", _run.provenance(job, sources.fetched))
+    write_report(
+        folder / "report.html",
+        title=f"Lens pack {pack.pack_id} on {job.texts or 'held-out text'}",
+        evaluation=evaluation,
+        recipe=vars(pack.recipe),
+        inputs=_run.inputs_table(sources.fetched),
+        config_yaml=_run.config_yaml(job),
+        versions=_run.versions(),
+        command=_run.command(),
+        timings=run_steps.seconds,
+        notes=[*made.lines, *evaluation.notes],
+    )
+    run_steps.console.print(evaluation_table(evaluation, where=str(folder / "metrics.json")))
+    run_steps.console.print(overview("Written", {"report": str(folder / "report.html"), "figures": str(folder / "metrics.json")}))
+
+
+def test_rows(table: SampleTable, pack: LensPack) -> SampleTable:
+    """The test rows of a table, for concepts that the pack reads.
+
+    Raises:
+        DataError: there are none.
+    """
+    known = [name for name in table.concepts if name in set(pack.names)]
+    if not known:
+        raise DataError(
+            f"the texts are about {', '.join(table.concepts[:5])}; pack {pack.pack_id!r} reads none of these "
+            f"({', '.join(pack.names[:5])}, ...)"
+        )
+    return table.select(table.where("test"), known)
+
+
+if __name__ == "__main__":
+    verb("evaluate", evaluate)

@@ -1,0 +1,124 @@
+"""`ftw train`: train, calibrate and evaluate lenses, and write a pack. Collects what is missing."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ftw.cli import _run
+from ftw.cli._lightning import make_trainer
+from ftw.cli._samples import Samples, Sources, capture, samples
+from ftw.cli._schema import TrainJob
+from ftw.cli._verb import verb
+from ftw.hat.timeline import Timeline
+from ftw.map.collect import collect
+from ftw.map.estimate import estimate
+from ftw.map.evaluate import Evaluation
+from ftw.map.pack import LensPack
+from ftw.map.training.train import FitConfig, train_pack
+from ftw.substrate.model import Substrate
+from ftw.ui.report import write_report
+from ftw.ui.steps import Steps, steps
+from ftw.ui.terminal import evaluation_table, overview
+
+
+@dataclass
+class Trained:
+    """What a training run made."""
+
+    pack: LensPack
+    evaluation: Evaluation | None
+    substrate: Substrate
+    sources: Sources
+    samples: Samples
+    folder: Path
+
+
+def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
+    """All of `ftw train` but the report; None for a dry run."""
+    console, sources, folder = run_steps.console, Sources(), _run.run_folder()
+    with run_steps.step("Load the substrate") as step:
+        substrate = sources.substrate(job.substrate)
+        step.note(f"{substrate.name}, {substrate.num_layers} blocks of width {substrate.width}")
+    with run_steps.step("Make the samples") as step:
+        made = samples(job, substrate, sources)
+        step.note(made.lines[0])
+    console.print("\n".join(f"       {line}" for line in made.lines[1:]), style="dim", highlight=False)
+    config = capture(job.map.encyclopedia, made.table, job.layers)
+    if job.dry_run:
+        cost = estimate(made.table, config.spec(substrate), substrate, measure=True)
+        console.print("\n".join(cost.lines()), highlight=False)
+        return None
+    with run_steps.step("Collect states") as step:
+        encyclopedia = collect(substrate, made.table, config)
+        step.note(f"{len(made.table):,} texts, layers {', '.join(map(str, encyclopedia.spec.layers))}")
+    with encyclopedia, run_steps.step("Train, calibrate, evaluate") as step:
+        pack, evaluation = train_pack(
+            encyclopedia,
+            FitConfig(
+                head=job.hat.lens,
+                training=job.map.training,
+                text=job.map.text,
+                evaluate=job.evaluate,
+                pack_id=job.pack_id,
+                version=job.version,
+                seed=job.seed,
+            ),
+            substrate=substrate,
+            concepts=made.concepts,
+            trainer=lambda callbacks: make_trainer(job, callbacks, console),
+            folder=folder / "pack",
+            checkpoint=None if job.resume is None else Path(job.resume),
+            provenance=_run.provenance(job, sources.fetched),
+            watch_prompt=job.watch_prompt,
+        )
+        step.note(f"{len(pack.names):,} lenses")
+    return Trained(pack, evaluation, substrate, sources, made, folder)
+
+
+def leave_results(job: TrainJob, trained: Trained, run_steps: Steps, *, title: str, timeline: Timeline | None = None) -> None:
+    """Write metrics, configuration and report into the run's folder, and print the table."""
+    folder, evaluation = trained.folder, trained.evaluation
+    _run.write_json(folder / "run.json", _run.provenance(job, trained.sources.fetched))
+    (folder / "config.yaml").write_text(_run.config_yaml(job), encoding="utf-8")
+    if evaluation is not None:
+        _run.write_json(folder / "metrics.json", evaluation.to_json())
+        run_steps.console.print(evaluation_table(evaluation, where=f"{_shown(folder)}/metrics.json"))
+    pack = trained.pack
+    write_report(
+        folder / "report.html",
+        title=title,
+        timelines=[] if timeline is None else [timeline],
+        evaluation=evaluation,
+        recipe=vars(pack.recipe),
+        inputs=_run.inputs_table(trained.sources.fetched),
+        config_yaml=_run.config_yaml(job),
+        versions=_run.versions(),
+        command=_run.command(),
+        timings=run_steps.seconds,
+        notes=[*trained.samples.lines, *(evaluation.notes if evaluation else [])],
+        paths=None if pack.concepts is None else {name: pack.concepts.path(name) for name in pack.names},
+    )
+    _run.point_latest(folder)
+
+
+def train(job: TrainJob) -> float | None:
+    """Train a pack; returns the mean AUROC, which sweepers maximise."""
+    run_steps = steps(console=Console())
+    trained = train_run(job, run_steps)
+    if trained is None:
+        return None
+    leave_results(job, trained, run_steps, title=f"Lens pack {trained.pack.pack_id}")
+    rows = {"report": f"{_shown(trained.folder)}/report.html", "pack": f"{_shown(trained.folder)}/pack"}
+    run_steps.console.print(overview("Written", {**rows, "read with": 'ftw monitor prompt="..."'}))
+    mean = {} if trained.evaluation is None else trained.evaluation.mean
+    return json.loads(json.dumps(mean.get("auroc")))
+
+
+def _shown(folder: Path) -> Path:
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+if __name__ == "__main__":
+    verb("train", train)

@@ -1,0 +1,247 @@
+"""The bank: all loaded lenses as one module, from raw states to readings.
+
+A state is layer-normed token by token (in float32, without parameters), projected onto the shared basis when there is
+one, and read by every lens at once. A lens that reads several layers is the average of its calibrated logits:
+logit_n = offset_n + sum_l scale_ln head_ln(x_l). For linear lenses that sum is itself one linear map over the layers side
+by side, so the bank keeps only that: one matrix product a token however many layers are read.
+
+Axes: N lenses, B batch (any states: tokens, texts, streams), L layers, D model width, Q quantiles, K kept, V watched.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ftw.errors import ConceptError, SubstrateError
+from ftw.hat.basis import Basis
+from ftw.hat.lens import Head
+from ftw.hat.linear import LinearHead
+
+NORM_EPS = 1e-5
+
+
+def normalise(states: Tensor) -> Tensor:
+    """Layer norm without parameters over the last axis, in float32: what every lens reads."""
+    return torch.nn.functional.layer_norm(states.float(), states.shape[-1:], eps=NORM_EPS)
+
+
+@dataclass(frozen=True)
+class BankReading:
+    """The strongest lenses and the watched ones, for each state.
+
+    Attributes:
+        index_BK: lens indices, strongest first. logit_BK, percentile_BK: their readings.
+        watch_logit_BV, watch_percentile_BV: readings of the watch list, in its order.
+    """
+
+    index_BK: Tensor
+    logit_BK: Tensor
+    percentile_BK: Tensor
+    watch_logit_BV: Tensor
+    watch_percentile_BV: Tensor
+
+
+class LensBank(nn.Module):
+    """N lenses read together.
+
+    Args:
+        names: N concept names.
+        layers: the substrate's layers that the lenses read, in the order of the L axis.
+        heads: one head over all layers side by side (linear), or one head a layer.
+        scale_LN, offset_N: how the heads' logits are combined; an empty scale when that is folded into a single head.
+        quantiles_NQ, levels_Q: quantiles of each lens's logits on background tokens; empty when not calibrated.
+        basis: shared projection, or None.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    quantiles: Tensor
+    levels: Tensor
+
+    def __init__(
+        self,
+        *,
+        names: Sequence[str],
+        layers: Sequence[int],
+        heads: Sequence[Head],
+        scale_LN: Tensor,
+        offset_N: Tensor,
+        quantiles_NQ: Tensor | None = None,
+        levels_Q: Tensor | None = None,
+        basis: Basis | None = None,
+    ) -> None:
+        super().__init__()
+        self.names, self.layers = list(names), tuple(layers)
+        self.index = {name: row for row, name in enumerate(self.names)}
+        self.heads: nn.ModuleList = nn.ModuleList(heads)
+        self.basis = basis
+        self._width = sum(head.width for head in heads) // len(self.layers) if basis is None else basis.mean.shape[-1]
+        self.register_buffer("scale", scale_LN)
+        self.register_buffer("offset", offset_N)
+        self.register_buffer("quantiles", torch.empty(len(names), 0) if quantiles_NQ is None else quantiles_NQ)
+        self.register_buffer("levels", torch.empty(0) if levels_Q is None else levels_Q)
+        self.requires_grad_(False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def width(self) -> int:
+        """Width of the states that the bank reads."""
+        return self._width
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether percentiles can be given."""
+        return self.quantiles.shape[1] > 0
+
+    def forward(self, states_BLD: Tensor) -> Tensor:
+        """Logit of every lens for every state: [B, N].
+
+        Args:
+            states_BLD: outputs of blocks `layers`, as the substrate gives them.
+
+        Raises:
+            SubstrateError: the states are of another width or number of layers.
+        """
+        if states_BLD.shape[-2:] != (len(self.layers), self.width):
+            raise SubstrateError(
+                f"states of shape {tuple(states_BLD.shape)} for a bank that reads layers {list(self.layers)} "
+                f"of width {self.width}; tap exactly those layers, in that order"
+            )
+        return self.logits(normalise(states_BLD))
+
+    def logits(self, normed_BLD: Tensor) -> Tensor:
+        """Logits for states (or means of states) that are layer-normed already: [B, N]."""
+        x_BLW = normed_BLD if self.basis is None else self.basis(normed_BLD)
+        if self._folded:
+            return self.heads[0](x_BLW.flatten(-2))
+        total_BN = self.offset
+        for layer, head in enumerate(self.heads):
+            total_BN = total_BN + self.scale[layer] * head(x_BLW[..., layer, :])
+        return total_BN
+
+    def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None) -> Tensor:
+        """Share of background tokens that a lens's logit exceeds, in [0, 1]: linear between quantiles.
+
+        Args:
+            logits_BN: logits; with `lenses` [B, K], the logits of those lenses only.
+        """
+        if not self.calibrated:
+            return torch.full_like(logits_BN, torch.nan)
+        if lenses is None:
+            return _interpolate(logits_BN.T.contiguous(), self.quantiles, self.levels).T
+        flat = lenses.flatten()
+        return _interpolate(logits_BN.reshape(-1, 1), self.quantiles[flat], self.levels).view_as(logits_BN)
+
+    def rank(self, logits_BN: Tensor) -> Tensor:
+        """What lenses are compared by: distance from the background median in units of its upper spread.
+
+        Logits of different lenses are not on one scale, and percentiles saturate at 1; this orders both. An uncalibrated
+        bank ranks by logit.
+        """
+        return (logits_BN - self.median) / self.spread if self.calibrated else logits_BN
+
+    @property
+    def median(self) -> Tensor:
+        """Background median of each lens's logit, [N]."""
+        return self.quantiles[:, _nearest(self.levels, 0.5)]
+
+    @property
+    def spread(self) -> Tensor:
+        """Background distance from the median to the 99th percentile, [N]."""
+        return (self.quantiles[:, _nearest(self.levels, 0.99)] - self.median).clamp_min(1e-6)
+
+    def read(self, states_BLD: Tensor, *, k: int, watch: Tensor | None = None) -> BankReading:
+        """The k strongest lenses and the watched ones."""
+        logits_BN = self(states_BLD)
+        index_BK = self.rank(logits_BN).topk(min(k, len(self)), dim=-1).indices
+        logit_BK = logits_BN.gather(-1, index_BK)
+        watch = logits_BN.new_empty(0, dtype=torch.long) if watch is None else watch
+        watch_BV = watch.expand(len(logits_BN), -1)
+        watch_logit_BV = logits_BN[:, watch]
+        return BankReading(
+            index_BK,
+            logit_BK,
+            self.percentile(logit_BK, index_BK),
+            watch_logit_BV,
+            self.percentile(watch_logit_BV, watch_BV),
+        )
+
+    def rows_of(self, names: Sequence[str]) -> Tensor:
+        """Lens indices of some concepts.
+
+        Raises:
+            ConceptError: a name that the bank does not read, with the nearest names.
+        """
+        for name in names:
+            if name not in self.index:
+                near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
+                raise ConceptError(f"no lens for concept {name!r}; nearest: {', '.join(near) or 'none'}")
+        return torch.tensor([self.index[name] for name in names], dtype=torch.long, device=self.offset.device)
+
+    @property
+    def _folded(self) -> bool:
+        return not self.scale.numel()
+
+
+def combine_linear(heads: Sequence[LinearHead], scale_LN: Tensor, offset_N: Tensor) -> LinearHead:
+    """One linear head over all layers side by side that equals offset + sum of scale x head, exactly."""
+    combined = LinearHead(heads[0].num_lenses, sum(head.width for head in heads))
+    with torch.no_grad():
+        combined.weight.copy_(
+            torch.cat([scale.unsqueeze(1) * head.weight for scale, head in zip(scale_LN, heads, strict=True)], dim=1)
+        )
+        combined.bias.copy_(offset_N + sum(scale * head.bias for scale, head in zip(scale_LN, heads, strict=True)))
+    return combined
+
+
+def build_bank(
+    *,
+    names: Sequence[str],
+    layers: Sequence[int],
+    heads: Sequence[Head],
+    scale_LN: Tensor,
+    offset_N: Tensor,
+    quantiles_NQ: Tensor | None = None,
+    levels_Q: Tensor | None = None,
+    basis: Basis | None = None,
+) -> LensBank:
+    """A bank from one head a layer, linear heads folded into a single product."""
+    linear = [head for head in heads if isinstance(head, LinearHead)]
+    if len(linear) == len(heads):
+        heads = [combine_linear(linear, scale_LN, offset_N)]
+        scale_LN, offset_N = torch.empty(0, len(names)), torch.zeros(len(names))
+    return LensBank(
+        names=names,
+        layers=layers,
+        heads=heads,
+        scale_LN=scale_LN,
+        offset_N=offset_N,
+        quantiles_NQ=quantiles_NQ,
+        levels_Q=levels_Q,
+        basis=basis,
+    )
+
+
+def _interpolate(logits_MB: Tensor, quantiles_MQ: Tensor, levels_Q: Tensor) -> Tensor:
+    """Percentile of each value in its row's quantiles, [M, B]; a value on a flat step stands in its middle."""
+    last = quantiles_MQ.shape[1] - 1
+    first = torch.searchsorted(quantiles_MQ, logits_MB)
+    after = torch.searchsorted(quantiles_MQ, logits_MB, right=True)
+    above = after.clamp(1, last)
+    low, high = quantiles_MQ.gather(1, above - 1), quantiles_MQ.gather(1, above)
+    share = ((logits_MB - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    between = levels_Q[above - 1] + share * (levels_Q[above] - levels_Q[above - 1])
+    middle = (levels_Q[first.clamp_max(last)] + levels_Q[(after - 1).clamp_min(0)]) / 2
+    percentile = torch.where(after > first, middle, between)
+    percentile = torch.where(logits_MB > quantiles_MQ[:, -1:], 1.0, percentile)
+    percentile = torch.where(logits_MB < quantiles_MQ[:, :1], 0.0, percentile)
+    return torch.where(torch.isnan(logits_MB), torch.nan, percentile)
+
+
+def _nearest(levels_Q: Tensor, level: float) -> int:
+    return int((levels_Q - level).abs().argmin())

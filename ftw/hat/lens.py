@@ -1,0 +1,85 @@
+"""A lens never stands alone: a head is N classifiers of one family in one module.
+
+`Head` is the only interface that training, banks and packs know. Its parameters carry the lens axis first, so that any
+row can be read, written, copied or saved on its own; a single lens is a head of one.
+
+Axes: N lenses, B batch, W input width (model width D, basis rank R, or several layers side by side).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ftw.errors import ConfigError
+
+FAMILIES = ("linear", "mlp")
+
+
+@dataclass(kw_only=True)
+class HeadConfig:
+    """Which classifier reads a state.
+
+    Attributes:
+        family: "linear" (logistic) or "mlp" (W -> hidden -> hidden/2 -> 1).
+        hidden: width of the first hidden layer; a positive width makes a linear head an MLP.
+        dropout: share of hidden units dropped in training (MLP only).
+    """
+
+    family: str = "linear"
+    hidden: int = 0
+    dropout: float = 0.0
+
+    def build(self, num_lenses: int, width: int) -> "Head":
+        """N untrained lenses over inputs of `width` numbers."""
+        # Imported here: the families import this module for their parent class.
+        from ftw.hat.linear import LinearHead
+        from ftw.hat.mlp import MLPHead
+
+        if self.family not in FAMILIES:
+            raise ConfigError(f"hat.lens.family={self.family!r} is not a lens family; choose {' or '.join(FAMILIES)}")
+        if self.hidden < 0 or not 0 <= self.dropout < 1:
+            raise ConfigError(f"hat.lens: hidden={self.hidden} must be >= 0 and dropout={self.dropout} in [0, 1)")
+        if self.hidden == 0 and self.family == "linear":
+            return LinearHead(num_lenses, width)
+        if self.hidden < 2:
+            raise ConfigError(f"hat.lens.hidden={self.hidden}: an MLP lens needs at least 2 hidden units (128 is usual)")
+        return MLPHead(num_lenses, width, hidden=self.hidden, dropout=self.dropout)
+
+
+class Head(nn.Module, ABC):
+    """N classifiers that read the same input vector.
+
+    Every parameter and buffer has the lens axis first; `rows`, `copy_rows` and packs rely on it.
+    """
+
+    num_lenses: int
+    width: int
+
+    @abstractmethod
+    def forward(self, x_BW: Tensor) -> Tensor:
+        """Logit of every lens for every input: [B, N]."""
+
+    @abstractmethod
+    def weights(self) -> list[Tensor]:
+        """The parameters that an L2 penalty counts (no biases), lens axis first."""
+
+    @abstractmethod
+    def fold_inputs(self, center_W: Tensor, scale_W: Tensor) -> "Head":
+        """The head that gives on x what this one gives on (x - center) / scale."""
+
+    @abstractmethod
+    def rows(self, index: Tensor) -> "Head":
+        """A head of the chosen lenses, in that order, sharing nothing with this one."""
+
+    def row_tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, lens axis first; what a pack stores."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    @torch.no_grad()
+    def copy_rows(self, source: "Head", mask_N: Tensor) -> None:
+        """Overwrite the lenses where `mask_N` is true with those of `source`."""
+        theirs = source.state_dict()
+        for name, tensor in self.state_dict().items():
+            tensor[mask_N] = theirs[name][mask_N]

@@ -1,0 +1,167 @@
+"""Lenses as files: stacked tensors, one safetensors shard a level, never one file a lens.
+
+`LensStack` is what training makes and a pack stores: one head a layer, with the calibration beside it. `stack.bank()`
+folds it into the module that reads. Rows of all tensors are lenses, so levels and single concepts load on their own.
+
+Axes: N lenses, L layers, D model width, Q quantiles.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ftw.errors import PackError
+from ftw.hat.bank import LensBank, build_bank
+from ftw.hat.basis import Basis
+from ftw.hat.lens import Head, HeadConfig
+from ftw.hat.mlp import MLPHead
+
+
+@dataclass(kw_only=True)
+class LensStack:
+    """N trained lenses, layer by layer.
+
+    Attributes:
+        names: N concepts. layers: L layers. heads: one head a layer, reading layer-normed states or basis coordinates.
+        scale_NL, offset_NL: Platt's calibration of each layer; a lens's logit is the mean over layers of scale x head + offset.
+        quantiles_NQ, levels_Q: background quantiles of that logit on single tokens.
+        threshold_N: logit above which a text is called positive (best F1 on out-of-fold rows).
+        threshold_1fpr_N: logit that 1 % of the out-of-fold negatives exceed.
+        basis: shared projection, or None.
+    """
+
+    names: list[str]
+    layers: tuple[int, ...]
+    heads: list[Head]
+    scale_NL: Tensor
+    offset_NL: Tensor
+    quantiles_NQ: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    levels_Q: Tensor = field(default_factory=lambda: torch.empty(0))
+    threshold_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    threshold_1fpr_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    basis: Basis | None = None
+
+    def bank(self) -> LensBank:
+        """The module that reads: calibration folded in."""
+        num_layers = len(self.layers)
+        return build_bank(
+            names=self.names,
+            layers=self.layers,
+            heads=self.heads,
+            scale_LN=self.scale_NL.T / num_layers,
+            offset_N=self.offset_NL.mean(1),
+            quantiles_NQ=self.quantiles_NQ if self.quantiles_NQ.numel() else None,
+            levels_Q=self.levels_Q if self.levels_Q.numel() else None,
+            basis=self.basis,
+        )
+
+    def rows(self, names: Sequence[str]) -> "LensStack":
+        """The stack of some of its lenses, in the given order."""
+        place = {name: row for row, name in enumerate(self.names)}
+        index = torch.tensor([place[name] for name in names], dtype=torch.long)
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[index] if tensor.numel() else tensor
+
+        return replace(
+            self,
+            names=list(names),
+            heads=[head.rows(index) for head in self.heads],
+            scale_NL=pick(self.scale_NL),
+            offset_NL=pick(self.offset_NL),
+            quantiles_NQ=pick(self.quantiles_NQ),
+            threshold_N=pick(self.threshold_N),
+            threshold_1fpr_N=pick(self.threshold_1fpr_N),
+        )
+
+    def lens_tensors(self) -> dict[str, Tensor]:
+        """Weights by name, [N, L, ...]."""
+        parts = [head.row_tensors() for head in self.heads]
+        return {name: torch.stack([part[name] for part in parts], dim=1).contiguous() for name in parts[0]}
+
+    def calibration_tensors(self) -> dict[str, Tensor]:
+        """Calibration by name, lens axis first (but for `levels`)."""
+        tensors = {
+            "scale": self.scale_NL,
+            "offset": self.offset_NL,
+            "quantiles": self.quantiles_NQ,
+            "levels": self.levels_Q,
+            "threshold": self.threshold_N,
+            "threshold_1fpr": self.threshold_1fpr_N,
+        }
+        return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor.numel()}
+
+
+def stack_from_tensors(
+    *,
+    names: list[str],
+    layers: tuple[int, ...],
+    width: int,
+    head: HeadConfig,
+    lens: Mapping[str, Tensor],
+    calibration: Mapping[str, Tensor],
+    basis: Basis | None,
+    where: str,
+) -> LensStack:
+    """A stack from the tensors of a pack, every name and shape checked.
+
+    Raises:
+        PackError: a tensor is missing, of another shape, or not finite; names file and tensor.
+    """
+    num, num_layers = len(names), len(layers)
+    expected = head.build(num, width)
+    heads = [head.build(num, width) for _ in layers]
+    for name, model in expected.state_dict().items():
+        _check(lens, name, (num, num_layers, *model.shape[1:]), where)
+    for layer, built in enumerate(heads):
+        built.load_state_dict({name: lens[name][:, layer].float() for name in expected.state_dict()})
+    scale, offset = (_check(calibration, name, (num, num_layers), where) for name in ("scale", "offset"))
+    levels = calibration.get("levels", torch.empty(0)).float()
+    optional = {}
+    for name, shape in (("quantiles", (num, len(levels))), ("threshold", (num,)), ("threshold_1fpr", (num,))):
+        if name in calibration:
+            optional[f"{name}_N" + "Q" * (name == "quantiles")] = _check(calibration, name, shape, where).float()
+    return LensStack(
+        names=names, layers=layers, heads=heads, scale_NL=scale.float(), offset_NL=offset.float(), levels_Q=levels, basis=basis, **optional
+    )
+
+
+def head_of(stack: LensStack) -> HeadConfig:
+    """The configuration that builds a stack's heads again."""
+    head = stack.heads[0]
+    return HeadConfig(family="mlp", hidden=head.hidden, dropout=head.dropout) if isinstance(head, MLPHead) else HeadConfig()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, memory-mapped.
+
+    Raises:
+        PackError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise PackError(f"{path} is not a readable safetensors file ({error}); fetch or train the pack again") from error
+
+
+def _check(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], where: str) -> Tensor:
+    if name not in tensors:
+        raise PackError(f"{where}: tensor {name!r} is missing (there are {', '.join(sorted(tensors)) or 'none'})")
+    tensor = tensors[name]
+    if tuple(tensor.shape) != shape:
+        raise PackError(f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, its index says {shape}")
+    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        raise PackError(f"{where}: tensor {name!r} is {tensor.dtype} or holds numbers that are not finite")
+    return tensor

@@ -1,0 +1,88 @@
+"""The manifest of a pack: which files it has and the sha256 of each.
+
+It shows that a pack is whole and unchanged since it was written; it does not show who wrote it.
+"""
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+
+from ftw.errors import PackError
+
+NAME = "MANIFEST.json"
+MAX_JSON_BYTES = 256 * 2**20
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file below `folder` with its size and hash."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != NAME
+    }
+    (folder / NAME).write_text(json.dumps({"schema": 1, "files": files}, indent=1) + "\n")
+
+
+def verify_manifest(folder: Path, *, hashes: bool = True) -> list[str]:
+    """Check every listed file; returns their names.
+
+    Args:
+        hashes: also hash the contents, not only sizes.
+
+    Raises:
+        PackError: no manifest, a path that leaves the pack, a link, a missing file, or other bytes than listed.
+    """
+    listed = read_json(folder / NAME).get("files")
+    if not isinstance(listed, dict):
+        raise PackError(f"{folder / NAME} lists no files; the pack was not written by FTW or is damaged")
+    for name, entry in listed.items():
+        path = safe_member(folder, name)
+        if not path.is_file():
+            raise PackError(f"pack {folder}: {name} is missing; fetch or train the pack again")
+        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
+            raise PackError(f"pack {folder}: {name} has {path.stat().st_size} bytes, not the listed size; fetch the pack again")
+        if hashes and sha256(path) != entry.get("sha256"):
+            raise PackError(f"pack {folder}: {name} is not the file that was packed (sha256 differs); fetch the pack again")
+    return list(listed)
+
+
+def safe_member(folder: Path, name: str) -> Path:
+    """Path of a pack's file by its listed name.
+
+    Raises:
+        PackError: the name is absolute, climbs out of the pack, or goes through a link.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or "\\" in name or ".." in parts or ":" in parts[0]:
+        raise PackError(f"pack {folder}: {name!r} points outside the pack; do not use this pack")
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise PackError(f"pack {folder}: {name!r} is a link; packs hold plain files only")
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file that may be hostile.
+
+    Raises:
+        PackError: no such file, too large, too deep, or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise PackError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PackError(f"no {path.name} in {path.parent}; is this the folder of a pack?") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise PackError(f"{path} is not readable JSON ({error}); fetch or train the pack again") from error
+    if not isinstance(value, dict):
+        raise PackError(f"{path} holds a {type(value).__name__}, not an object; fetch or train the pack again")
+    return value

@@ -1,0 +1,273 @@
+"""A lens pack: trained lenses with everything needed to read with them, and to know what they are worth.
+
+A folder of safetensors and JSON (layout in `LensPack.save`), verified by hash on load. It names the substrate it was
+trained on, by fingerprint, and reads on no other. Nothing in it is code.
+
+Axes: N lenses, L layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import json
+
+import torch
+
+from ftw import paths
+from ftw.errors import FTWError, PackError
+from ftw.hat.bank import LensBank
+from ftw.hat.basis import Basis
+from ftw.hat.lens import HeadConfig
+from ftw.hat.store import LensStack, head_of, read_tensors, stack_from_tensors, write_tensors
+from ftw.hat.text import TextBank
+from ftw.map.concept import ConceptPack
+from ftw.map.manifest import read_json, safe_member, verify_manifest, write_manifest
+from ftw.substrate.model import Substrate
+
+SCHEMA = 1
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """How states were read and lenses fitted; reading must do the same.
+
+    Attributes:
+        substrate, fingerprint, width: the language model. dtype: of its weights when states were collected.
+        layers: blocks whose outputs are read. normalisation: of each token's state, before any lens.
+        pooling: state that a text-level decision is made on. max_tokens: of a text, in training.
+        family, hidden, basis_rank: of the lenses. prior: base rate that probabilities are for.
+        l2, folds, pool rows and seed: of the fit.
+    """
+
+    substrate: str
+    fingerprint: str
+    width: int
+    dtype: str
+    precision: str
+    layers: list[int]
+    normalisation: str = "layer norm per token (float32, no parameters); features standardised by training rows, folded in"
+    pooling: str = "mean"
+    max_tokens: int = 128
+    family: str = "linear"
+    hidden: int = 0
+    basis_rank: int = 0
+    calibration: str = "Platt per layer on out-of-fold rows, mean over layers, Platt again; balanced prior"
+    prior: float = 0.5
+    l2: float = 0.0
+    folds: int = 0
+    seed: int = 0
+    num_texts: int = 0
+    encyclopedia: str = ""
+
+
+@dataclass(kw_only=True)
+class LensPack:
+    """N lenses with their recipe, concepts, text lenses and metrics.
+
+    Attributes:
+        pack_id, version: name and semantic version.
+        stack: the lenses. recipe: how they were made.
+        levels: level of each concept in its hierarchy.
+        concepts: the concept pack, or None (labelled data has no hierarchy).
+        text: one text lens a concept, or None. metrics: held-out figures by concept.
+        provenance: command, versions, inputs with hashes, time; plain data.
+    """
+
+    pack_id: str
+    version: str
+    stack: LensStack
+    recipe: Recipe
+    levels: dict[str, int]
+    concepts: ConceptPack | None = None
+    text: TextBank | None = None
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The concepts that it reads."""
+        return self.stack.names
+
+    def bank(self) -> LensBank:
+        """The lenses as one module."""
+        return self.stack.bank()
+
+    def check(self, substrate: Substrate) -> None:
+        """Refuse another substrate than the one the lenses were trained on.
+
+        Raises:
+            PackError: naming what differs.
+        """
+        recipe = self.recipe
+        if recipe.fingerprint != substrate.fingerprint:
+            width = f", width {recipe.width} against {substrate.width}" if recipe.width != substrate.width else ""
+            raise PackError(
+                f"lens pack {self.pack_id!r} was trained on {recipe.substrate!r} (fingerprint {recipe.fingerprint[:12]}), "
+                f"not on {substrate.name!r} ({substrate.fingerprint[:12]}){width}; load that substrate, or train a pack for this one"
+            )
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the pack, whole or not at all.
+
+            pack_info.json                      id, version, recipe, levels, provenance
+            hierarchy/                          the concept pack
+            basis.safetensors                   when the recipe has one
+            layer<level>/lenses.safetensors     stacked tensors of that level, axis 0 = row
+            layer<level>/results.json           row -> concept, with metrics
+            calibration.safetensors             rows in the order of the levels
+            text.safetensors, text.json         text lenses
+            MANIFEST.json                       size and sha256 of every file
+        """
+        folder = Path(folder)
+        by_level = self._rows_by_level()
+        with paths.replace_folder(folder) as temporary:
+            for level, names in by_level.items():
+                write_tensors(temporary / f"layer{level}" / "lenses.safetensors", self.stack.rows(names).lens_tensors())
+                results = [{"concept": name, "row": row, "metrics": self.metrics.get(name, {})} for row, name in enumerate(names)]
+                _write_json(temporary / f"layer{level}" / "results.json", {"level": level, "results": results})
+            ordered = [name for names in by_level.values() for name in names]
+            write_tensors(temporary / "calibration.safetensors", self.stack.rows(ordered).calibration_tensors())
+            if self.stack.basis is not None:
+                write_tensors(temporary / "basis.safetensors", dict(self.stack.basis.state_dict()))
+            if self.concepts is not None:
+                self.concepts.save(temporary / "hierarchy")
+            if self.text is not None:
+                write_tensors(temporary / "text.safetensors", self.text.tensors())
+                _write_json(temporary / "text.json", self.text.description())
+            info = {
+                "schema": SCHEMA,
+                "pack_id": self.pack_id,
+                "version": self.version,
+                "levels": {str(level): len(names) for level, names in by_level.items()},
+                "concept_pack": None
+                if self.concepts is None
+                else {"pack_id": self.concepts.pack_id, "version": self.concepts.version, "sha256": self.concepts.content_hash()},
+                "recipe": asdict(self.recipe),
+                "provenance": self.provenance,
+            }
+            _write_json(temporary / "pack_info.json", info)
+            write_manifest(temporary)
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path | str, *, levels: Sequence[int] | None = None) -> "LensPack":
+        """Read a pack, or some levels of it.
+
+        Raises:
+            PackError: the pack is damaged, hostile, of another version, or has no such level.
+        """
+        folder = Path(folder)
+        verify_manifest(folder)
+        info = read_json(folder / "pack_info.json")
+        if info.get("schema") != SCHEMA:
+            raise PackError(f"pack {folder} has schema {info.get('schema')!r}; this FTW reads {SCHEMA}; update FTW or train it again")
+        try:
+            recipe = Recipe(**info["recipe"])
+            names_of = _read_results(folder, {int(level): int(num) for level, num in info["levels"].items()})
+            stack = _read_stack(folder, recipe, names_of)
+            pack = cls(
+                pack_id=str(info["pack_id"]),
+                version=str(info["version"]),
+                stack=stack,
+                recipe=recipe,
+                levels={name: level for level, rows in names_of.items() for name in rows},
+                concepts=ConceptPack.load(folder / "hierarchy") if (folder / "hierarchy").is_dir() else None,
+                text=_read_text(folder),
+                metrics={name: metrics for rows in names_of.values() for name, metrics in rows.items()},
+                provenance=dict(info["provenance"]),
+            )
+        except FTWError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise PackError(f"pack {folder} contradicts its own index ({type(error).__name__}: {error}); fetch it again") from error
+        return pack if levels is None else pack.subset([name for name in pack.names if pack.levels[name] in set(levels)])
+
+    def subset(self, names: Sequence[str]) -> "LensPack":
+        """The pack of some of its lenses.
+
+        Raises:
+            PackError: none is left.
+        """
+        if not names:
+            raise PackError(f"pack {self.pack_id!r} has no such concepts; its levels are {sorted(set(self.levels.values()))}")
+        return LensPack(
+            pack_id=self.pack_id,
+            version=self.version,
+            stack=self.stack.rows(names),
+            recipe=self.recipe,
+            levels={name: self.levels[name] for name in names},
+            concepts=self.concepts,
+            text=None if self.text is None else self.text.subset(names),
+            metrics={name: self.metrics[name] for name in names if name in self.metrics},
+            provenance=self.provenance,
+        )
+
+    def _rows_by_level(self) -> dict[int, list[str]]:
+        by_level: dict[int, list[str]] = {}
+        for name in self.names:
+            by_level.setdefault(self.levels.get(name, 0), []).append(name)
+        return dict(sorted(by_level.items()))
+
+
+def load_pack(folder: Path | str, *, levels: Sequence[int] | None = None) -> LensPack:
+    """Load a lens pack from a folder, verified by hash."""
+    return LensPack.load(folder, levels=levels)
+
+
+def _read_results(folder: Path, levels: Mapping[int, int]) -> dict[int, dict[str, dict[str, Any]]]:
+    """Concept -> metrics for each level, in row order."""
+    rows_of = {}
+    for level, num in sorted(levels.items()):
+        path = safe_member(folder, f"layer{level}/results.json")
+        results = read_json(path)["results"]
+        names = [str(row["concept"]) for row in results]
+        if len(set(names)) != len(names) or len(names) != num:
+            raise PackError(f"{path} lists {len(names)} rows ({len(set(names))} concepts); pack_info.json says {num}")
+        rows_of[level] = {name: dict(row.get("metrics", {})) for name, row in zip(names, results, strict=True)}
+    return rows_of
+
+
+def _read_stack(folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[str, Any]]) -> LensStack:
+    names = [name for rows in names_of.values() for name in rows]
+    if len(set(names)) != len(names):
+        raise PackError(f"pack {folder}: a concept stands on two levels; fetch the pack again")
+    parts = []
+    for level, rows in names_of.items():
+        tensors = read_tensors(safe_member(folder, f"layer{level}/lenses.safetensors"))
+        if bad := [name for name, tensor in tensors.items() if tensor.ndim == 0 or len(tensor) != len(rows)]:
+            raise PackError(f"pack {folder}: layer{level} has {len(rows)} rows in its index, another number in {bad[0]!r}")
+        parts.append(tensors)
+    lens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    basis = None
+    if recipe.basis_rank:
+        tensors = read_tensors(safe_member(folder, "basis.safetensors"))
+        basis = Basis(tensors["mean"], tensors["components"])
+    return stack_from_tensors(
+        names=names,
+        layers=tuple(int(layer) for layer in recipe.layers),
+        width=recipe.basis_rank or recipe.width,
+        head=HeadConfig(family=recipe.family, hidden=recipe.hidden),
+        lens=lens,
+        calibration=read_tensors(safe_member(folder, "calibration.safetensors")),
+        basis=basis,
+        where=str(folder),
+    )
+
+
+def _read_text(folder: Path) -> TextBank | None:
+    if not (folder / "text.json").is_file():
+        return None
+    return TextBank.from_tensors(read_tensors(safe_member(folder, "text.safetensors")), read_json(folder / "text.json"))
+
+
+def head_fields(stack: LensStack) -> dict[str, Any]:
+    """Family and hidden width of a stack, as a recipe records them."""
+    head = head_of(stack)
+    return {"family": head.family, "hidden": head.hidden}
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
