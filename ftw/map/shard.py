@@ -155,11 +155,9 @@ def put(group: h5py.Group, name: str, array: np.ndarray, *, axes: str, units: st
     array = np.ascontiguousarray(array)
     options: dict[str, Any] = {}
     if array.size:
-        row_bytes = max(1, array[:1].nbytes)
-        options = {
-            "chunks": (max(1, min(len(array), CHUNK_BYTES // row_bytes)), *array.shape[1:]),
-            "fletcher32": True,
-        }
+        # Chunks of equal length: HDF5 stores the last one whole, however little of it is used.
+        num_chunks = -(-array.nbytes // CHUNK_BYTES)
+        options = {"chunks": (-(-len(array) // num_chunks), *array.shape[1:]), "fletcher32": True}
     dataset = group.create_dataset(name, data=array, track_times=False, **options)
     describe(dataset, axes=axes, dtype=str(array.dtype), units=units, normalisation=normalisation)
     dataset.attrs["sha256"] = digest(array)

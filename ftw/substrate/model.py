@@ -213,6 +213,15 @@ class Substrate:
         return "\n".join([f"{head}, {tail}", f"fingerprint {self.fingerprint}", *lines])
 
 
+def load_substrate(name: str = "smollm2-135m-instruct", **options: Any) -> Substrate:
+    """Load a language model by its name in the lock file, on the Hub, or from a folder (`path=`).
+
+    Args:
+        options: further fields of `SubstrateConfig`: path, revision, sources, dtype, device.
+    """
+    return SubstrateConfig(name=name, **options).build()
+
+
 def find_blocks(model: Any) -> nn.ModuleList:
     """The list of transformer blocks: as long as the config says, and the heaviest of that length."""
     num_layers = model.config.get_text_config().num_hidden_layers

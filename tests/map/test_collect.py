@@ -117,7 +117,10 @@ def test_a_permutation_of_the_texts_gives_each_the_same_states(tiny_substrate: S
     order = np.random.default_rng(1).permutation(len(table))
     place = np.argsort(order)
     shuffled = SampleTable(
-        **{name: [getattr(table, name)[i] for i in order] for name in ("texts", "groups", "splits", "sources")},
+        texts=[table.texts[i] for i in order],
+        groups=[table.groups[i] for i in order],
+        splits=[table.splits[i] for i in order],
+        sources=[table.sources[i] for i in order],
         concepts=table.concepts,
         rows=place[table.rows],
         cols=table.cols,
