@@ -4,7 +4,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 # Two test processes, one thread each: on two cores faster than one process with two threads.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 .PHONY: help setup demo test slow lint format clean
 

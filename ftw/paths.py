@@ -1,11 +1,12 @@
 """Where things live, and how a file comes to be there whole or not at all.
 
 `$FTW_HOME` holds what is fetched or computed once (sources, converted models, encyclopedias). `runs/` in the current
-folder holds what a command leaves. Every writer in FTW goes through `replace_file` or `replace_folder`: a killed process
-leaves the old content or the new one, never half.
+folder holds what a command leaves. Every writer in FTW goes through `replace_file` or `replace_folder`: a killed
+process leaves the old content or the new one, never half.
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
@@ -64,20 +65,26 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success rename it to `path`, replacing what was there."""
+    """Yield a temporary folder beside `path`; on success flush it to disk and put it in the place of `path`.
+
+    Raises:
+        DiskFullError: the disk has no room; `path` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
     try:
         with explain_full_disk(path):
             yield temporary
-            retired = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+            _sync_tree(temporary)
             if path.exists():
-                path.rename(retired)
-            temporary.rename(path)
+                _exchange(temporary, path)  # `temporary` now holds what was there, and is removed
+            else:
+                temporary.rename(path)
             sync_folder(path.parent)
-            shutil.rmtree(retired, ignore_errors=True)
     finally:
+        if temporary.is_symlink() or temporary.is_file():  # what stood there was a link or a file
+            temporary.unlink()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -94,6 +101,39 @@ def explain_full_disk(path: Path) -> Iterator[None]:
                 "Free some space (or set FTW_HOME to another disk) and run the same command again"
             ) from error
         raise
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders in one step, so that at no moment there is none.
+
+    Where the system cannot (renameat2 is Linux's), two renames come close: a kill between them leaves the old folder
+    under a hidden name beside.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        renameat2 = None
+    at_cwd, exchange = -100, 2
+    if renameat2 is not None and renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
+        return
+    retired = other.with_name(f"{one.name}.old")
+    other.rename(retired)
+    try:
+        one.rename(other)
+    except BaseException:
+        retired.rename(other)
+        raise
+    retired.rename(one)
+
+
+def _sync_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            file = Path(place) / name
+            if not file.is_symlink():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        sync_folder(Path(place))
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,17 @@ from omegaconf import OmegaConf
 from ftw import paths
 from ftw.substrate.sources import Fetched
 
-PACKAGES = ("ftw-lenses", "torch", "transformers", "pytorch-lightning", "hydra-core", "scikit-learn", "h5py", "safetensors", "numpy")
+PACKAGES = (
+    "ftw-lenses",
+    "torch",
+    "transformers",
+    "pytorch-lightning",
+    "hydra-core",
+    "scikit-learn",
+    "h5py",
+    "safetensors",
+    "numpy",
+)
 
 
 def run_folder() -> Path:
@@ -28,9 +39,17 @@ def run_folder() -> Path:
 
 
 def command() -> str:
-    """The command line that started this run."""
-    verb = Path(sys.argv[0]).stem
-    return " ".join(["ftw", verb, *(f"'{word}'" if " " in word else word for word in sys.argv[1:])])
+    """The command line that started this run, as it was typed."""
+    typed = sys.orig_argv
+    words = typed[typed.index("-m") + 2 :] if "-m" in typed else sys.argv[1:]
+    return shlex.join(["ftw", Path(sys.argv[0]).stem, *words])
+
+
+def begin(job: Any) -> Path:
+    """Write the resolved configuration into the run's folder, before any work: a run that fails has it too."""
+    folder = run_folder()
+    (folder / "config.yaml").write_text(config_yaml(job), encoding="utf-8")
+    return folder
 
 
 def config_yaml(job: Any) -> str:
@@ -81,12 +100,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def point_latest(folder: Path) -> None:
-    """Make `runs/latest` a link to a finished run."""
-    latest = folder.parent / "latest"
-    temporary = folder.parent / f".latest.{os.getpid()}"
+    """Make `runs/latest` a link to a finished run, which may be one of a sweep (`runs/SWEEP/3`) or lie elsewhere."""
+    root = paths.runs()
+    root.mkdir(parents=True, exist_ok=True)
+    folder = folder.absolute()
+    temporary = root / f".latest.{os.getpid()}"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
-    temporary.replace(latest)
+    # Relative, so that runs/ can be moved.
+    temporary.symlink_to(folder.relative_to(root) if folder.is_relative_to(root) else folder)
+    temporary.replace(root / "latest")
+
+
+def shown(folder: Path) -> str:
+    """A folder as a user would type it from here."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
 def _git() -> dict[str, Any] | None:
@@ -105,7 +132,9 @@ def _git() -> dict[str, Any] | None:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         if names:
             return names[0]
     return platform.processor()

@@ -1,43 +1,17 @@
 """From a job to its samples: the substrate, the concepts, the table, and where everything came from."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ftw.cli._sources import Sources
 from ftw.errors import ConfigError
 from ftw.map.collect import CollectConfig
 from ftw.map.compose import ComposeConfig, compose
 from ftw.map.concept import ConceptPack
-from ftw.map.concept_source import load_concepts
 from ftw.map.labelled import LabelledConfig, read
 from ftw.map.samples import SampleTable
 from ftw.map.wordnet import WordNet
-from ftw.substrate.model import Substrate, SubstrateConfig
-from ftw.substrate.sources import Fetched, fetch, lock
-
-
-@dataclass
-class Sources:
-    """Fetches sources and remembers them, so that a run can say what it was made of."""
-
-    fetched: list[Fetched] = field(default_factory=list)
-
-    def fetch(self, name: str, **options: Any) -> Fetched:
-        """A source by its name in the lock file, from the cache or from its addresses."""
-        known = next((one for one in self.fetched if one.name == name), None)
-        if known is None:
-            known = fetch(name, **options)
-            self.fetched.append(known)
-        return known
-
-    def substrate(self, config: SubstrateConfig) -> Substrate:
-        """The substrate of a configuration, its source remembered when the lock file knows it."""
-        if config.path is None and config.name in lock():
-            self.fetch(config.name, order=config.sources, revision=config.revision)
-        return config.build()
-
-    def concepts(self, config: Any) -> ConceptPack:
-        """The concept pack of a configuration."""
-        return load_concepts(config, lambda: self.fetch("wordnet-3.0").folder)
+from ftw.substrate.model import Substrate
 
 
 @dataclass
@@ -57,6 +31,7 @@ def samples(job: Any, substrate: Substrate | None, sources: Sources, *, concepts
     """
     data = job.data
     if isinstance(data, LabelledConfig):
+        data = replace(data, path=sources.texts(data.path))
         table, report = read(data, job.seed)
         return Samples(table, None, report.lines())
     if isinstance(data, ComposeConfig):
@@ -81,9 +56,8 @@ def describe(table: SampleTable) -> list[str]:
     return lines
 
 
-def capture(config: CollectConfig, table: SampleTable, layers: list[float]) -> CollectConfig:
-    """The capture that a table needs: without a background split, some tokens of training texts serve for percentiles."""
-    config = replace(config, layers=layers)
+def capture(config: CollectConfig, table: SampleTable) -> CollectConfig:
+    """The capture that a table needs: without a background split, tokens of training texts serve for percentiles."""
     if len(table.where("background")) or config.tokens_per_text.get("train"):
         return config
     return replace(config, tokens_per_text={**config.tokens_per_text, "train": 4})

@@ -3,8 +3,9 @@
 from rich.console import Console
 
 from ftw.cli import _run
-from ftw.cli._samples import Sources, capture, samples
-from ftw.cli._schema import CollectJob
+from ftw.cli._samples import capture, samples
+from ftw.cli._schema_train import DATA, CollectJob
+from ftw.cli._sources import Sources
 from ftw.cli._verb import verb
 from ftw.map.collect import collect, encyclopedia_folder
 from ftw.map.estimate import estimate
@@ -22,8 +23,11 @@ def run(job: CollectJob) -> None:
     with run_steps.step("Make the samples") as step:
         made = samples(job, substrate, sources)
         step.note(made.lines[0])
-    console.print("\n".join(f"       {line}" for line in made.lines), style="dim", highlight=False)
-    config = capture(job.map.encyclopedia, made.table, job.layers)
+    for line in made.lines[1:]:
+        console.print(f"       {line}", style="dim", highlight=False, markup=False)
+    if not job.dry_run:
+        _run.begin(job)
+    config = capture(job.map.encyclopedia, made.table)
     spec = config.spec(substrate)
     folder = encyclopedia_folder(made.table, spec)
     if job.dry_run:
@@ -34,8 +38,10 @@ def run(job: CollectJob) -> None:
     with run_steps.step("Collect states") as step, collect(substrate, made.table, config) as encyclopedia:
         step.note(f"{len(encyclopedia.table):,} texts")
     _run.write_json(_run.run_folder() / "run.json", _run.provenance(job, sources.fetched))
-    console.print(overview("Encyclopedia", {"folder": str(folder), "layers": str(list(spec.layers)), "precision": spec.precision}))
+    console.print(
+        overview("Encyclopedia", {"folder": str(folder), "layers": str(list(spec.layers)), "precision": spec.precision})
+    )
 
 
 if __name__ == "__main__":
-    verb("collect", run)
+    verb("collect", run, CollectJob, data=DATA)

@@ -5,8 +5,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from ftw.cli._samples import Sources
 from ftw.cli._schema import ConceptsJob
+from ftw.cli._sources import Sources
 from ftw.cli._verb import verb
 from ftw.errors import ConceptError, ConfigError
 
@@ -22,7 +22,10 @@ def concepts(job: ConceptsJob) -> None:
     if job.action == "build":
         folder = Path(job.out or f"concept_packs/{pack.pack_id}")
         pack.save(folder)
-        console.print(f"{len(pack)} concepts written to {folder}; show them with: ftw concepts concepts=pack concepts.path={folder}")
+        console.print(
+            f"{len(pack)} concepts written to {folder}; "
+            f"show them with: ftw concepts concepts=pack concepts.path={folder}"
+        )
         return
     console.print(escape(pack.summary()), highlight=False)
     if job.action == "show":
@@ -37,4 +40,4 @@ def concepts(job: ConceptsJob) -> None:
 
 
 if __name__ == "__main__":
-    verb("concepts", concepts)
+    verb("concepts", concepts, ConceptsJob)

@@ -2,7 +2,9 @@
 
 from rich.console import Console
 
-from ftw.cli._schema import DemoJob
+from ftw import paths
+from ftw.cli import _run
+from ftw.cli._schema_train import DATA, DemoJob
 from ftw.cli._verb import verb
 from ftw.cli.monitor import answer, pack_colours
 from ftw.cli.train import leave_results, train_run
@@ -24,9 +26,10 @@ def demo(job: DemoJob) -> None:
         timeline.save(trained.folder / "timeline.json")
     leave_results(job, trained, run_steps, title="FTW demo", timeline=timeline)
     run_steps.console.print(run_steps.table())
-    rows = {"report": "runs/latest/report.html", "figures": "runs/latest/metrics.json", "pack": "runs/latest/pack"}
+    latest = _run.shown(paths.runs() / "latest")
+    rows = {"report": f"{latest}/report.html", "figures": f"{latest}/metrics.json", "pack": f"{latest}/pack"}
     run_steps.console.print(overview("Written", {**rows, "next": 'ftw monitor prompt="Tell me about volcanoes."'}))
 
 
 if __name__ == "__main__":
-    verb("demo", demo)
+    verb("demo", demo, DemoJob, data=DATA)

@@ -5,13 +5,13 @@ from dataclasses import replace
 from rich.console import Console
 
 from ftw.cli import _run
-from ftw.cli._samples import Sources, samples
-from ftw.cli._schema import EvaluateJob
+from ftw.cli._samples import samples
+from ftw.cli._schema_train import DATA, EvaluateJob
+from ftw.cli._sources import Sources, lens_pack
 from ftw.cli._verb import verb
-from ftw.errors import DataError
+from ftw.errors import ConfigError, DataError
 from ftw.map.collect import collect
-from ftw.map.labelled import LabelledConfig
-from ftw.map.pack import LensPack, load_pack
+from ftw.map.pack import LensPack
 from ftw.map.samples import SampleTable
 from ftw.map.training.fit import evaluate_stack
 from ftw.ui.report import write_report
@@ -21,16 +21,14 @@ from ftw.ui.terminal import evaluation_table, overview
 
 def evaluate(job: EvaluateJob) -> None:
     """Read the test rows of the data with the pack's lenses; print and write the figures."""
-    run_steps, sources = steps(console=Console()), Sources()
-    pack = load_pack(job.pack)
+    if job.map.encyclopedia.layers:
+        raise ConfigError("map.encyclopedia.layers: a pack is evaluated on the layers it was trained on; leave it out")
+    pack = lens_pack(job.pack)
+    run_steps, sources, folder = steps(console=Console()), Sources(), _run.begin(job)
     with run_steps.step("Load the substrate"):
         substrate = sources.substrate(job.substrate)
         pack.check(substrate)
     with run_steps.step("Make the samples") as step:
-        if job.texts is not None:
-            if not isinstance(job.data, LabelledConfig):
-                raise DataError("texts=... names labelled texts; leave out data=..., or give data=labelled")
-            job.data = replace(job.data, path=job.texts)
         made = samples(job, substrate, sources, concepts=pack.concepts)
         table = test_rows(made.table, pack)
         step.note(f"{len(table):,} texts")
@@ -44,13 +42,14 @@ def evaluate(job: EvaluateJob) -> None:
         encyclopedia = collect(substrate, table, config)
     with encyclopedia, run_steps.step("Evaluate"):
         known = pack.subset([name for name in pack.names if name in set(table.concepts)])
-        evaluation = evaluate_stack(known.stack, encyclopedia, config=job.evaluate, pool=pack.recipe.pooling, text=known.text)
-    folder = _run.run_folder()
+        evaluation = evaluate_stack(
+            known.stack, encyclopedia, config=job.evaluate, pool=pack.recipe.pooling, text=known.text
+        )
     _run.write_json(folder / "metrics.json", evaluation.to_json())
     _run.write_json(folder / "run.json", _run.provenance(job, sources.fetched))
     write_report(
         folder / "report.html",
-        title=f"Lens pack {pack.pack_id} on {job.texts or 'held-out text'}",
+        title=f"Lens pack {pack.pack_id} on {getattr(job.data, 'path', 'held-out text')}",
         evaluation=evaluation,
         recipe=vars(pack.recipe),
         inputs=_run.inputs_table(sources.fetched),
@@ -61,7 +60,11 @@ def evaluate(job: EvaluateJob) -> None:
         notes=[*made.lines, *evaluation.notes],
     )
     run_steps.console.print(evaluation_table(evaluation, where=str(folder / "metrics.json")))
-    run_steps.console.print(overview("Written", {"report": str(folder / "report.html"), "figures": str(folder / "metrics.json")}))
+    run_steps.console.print(
+        overview(
+            "Written", {"report": f"{_run.shown(folder)}/report.html", "figures": f"{_run.shown(folder)}/metrics.json"}
+        )
+    )
 
 
 def test_rows(table: SampleTable, pack: LensPack) -> SampleTable:
@@ -80,4 +83,4 @@ def test_rows(table: SampleTable, pack: LensPack) -> SampleTable:
 
 
 if __name__ == "__main__":
-    verb("evaluate", evaluate)
+    verb("evaluate", evaluate, EvaluateJob, data=DATA)

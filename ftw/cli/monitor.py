@@ -6,13 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ftw.cli._samples import Sources
 from ftw.cli._schema import GenerationConfig, MonitorJob
+from ftw.cli._sources import Sources, lens_pack
 from ftw.cli._verb import verb
 from ftw.errors import ConfigError
 from ftw.hat.monitor import Monitor
 from ftw.hat.timeline import Timeline
-from ftw.map.pack import LensPack, load_pack
+from ftw.map.pack import LensPack
 from ftw.ui.colours import Colour, concept_colours
 from ftw.ui.terminal import LiveTokens
 
@@ -21,7 +21,7 @@ def monitor(job: MonitorJob) -> None:
     """Print each token as it comes, with its strongest concepts; with json=true one JSON object a line."""
     if (job.prompt is None) == (job.text is None):
         raise ConfigError('give a prompt to answer (prompt="...") or a text to read (text="..."), one of the two')
-    pack = load_pack(job.pack, levels=job.levels)
+    pack = lens_pack(job.pack, levels=job.levels)
     substrate = Sources().substrate(job.substrate)
     pack.check(substrate)
     meta = {"pack": pack.pack_id, "pack_version": pack.version}
@@ -44,7 +44,12 @@ def monitor(job: MonitorJob) -> None:
 
 
 def answer(
-    reader: Monitor, prompt: str, generation: GenerationConfig, seed: int, colours: dict[str, Colour] | None, console: Console | None = None
+    reader: Monitor,
+    prompt: str,
+    generation: GenerationConfig,
+    seed: int,
+    colours: dict[str, Colour] | None,
+    console: Console | None = None,
 ) -> Timeline:
     """Stream one answer to the terminal, or as JSON lines where `colours` is None."""
     options = {
@@ -63,7 +68,10 @@ def answer(
             for reading in stream:
                 shown.add(reading)
             timeline = stream.timeline
-            shown.finish(timeline, note=f"{timeline.meta['lens_ms_per_token']:.2f} ms of it for {len(timeline.concepts):,} lenses")
+            shown.finish(
+                timeline,
+                note=f"{timeline.meta['lens_ms_per_token']:.2f} ms of it for {len(timeline.concepts):,} lenses",
+            )
     return timeline
 
 
@@ -74,4 +82,4 @@ def pack_colours(pack: LensPack) -> dict[str, Colour]:
 
 
 if __name__ == "__main__":
-    verb("monitor", monitor)
+    verb("monitor", monitor, MonitorJob)

@@ -1,16 +1,20 @@
 """`ftw train`: train, calibrate and evaluate lenses, and write a pack. Collects what is missing."""
 
-import json
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from ftw import paths
 from ftw.cli import _run
-from ftw.cli._lightning import make_trainer
-from ftw.cli._samples import Samples, Sources, capture, samples
-from ftw.cli._schema import TrainJob
+from ftw.cli._lightning import CHECKPOINTS, loggers_closed, make_trainer
+from ftw.cli._samples import Samples, capture, samples
+from ftw.cli._schema_train import DATA, TrainJob
+from ftw.cli._sources import Sources
 from ftw.cli._verb import verb
+from ftw.errors import ConfigError
 from ftw.hat.timeline import Timeline
 from ftw.map.collect import collect
 from ftw.map.estimate import estimate
@@ -37,15 +41,21 @@ class Trained:
 
 def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
     """All of `ftw train` but the report; None for a dry run."""
-    console, sources, folder = run_steps.console, Sources(), _run.run_folder()
+    console, sources = run_steps.console, Sources()
+    folder = _run.run_folder() if job.dry_run else _run.begin(job)
+    if job.resume is not None and not Path(job.resume).is_file():
+        known = sorted(paths.runs().glob(f"**/{CHECKPOINTS}/*.ckpt"))
+        there = f"the newest is {_run.shown(known[-1])}" if known else f"{_run.shown(paths.runs())} has none"
+        raise ConfigError(f"resume={job.resume}: no such checkpoint; {there}")
     with run_steps.step("Load the substrate") as step:
         substrate = sources.substrate(job.substrate)
         step.note(f"{substrate.name}, {substrate.num_layers} blocks of width {substrate.width}")
     with run_steps.step("Make the samples") as step:
         made = samples(job, substrate, sources)
         step.note(made.lines[0])
-    console.print("\n".join(f"       {line}" for line in made.lines[1:]), style="dim", highlight=False)
-    config = capture(job.map.encyclopedia, made.table, job.layers)
+    for line in made.lines[1:]:
+        console.print(f"       {line}", style="dim", highlight=False, markup=False)
+    config = capture(job.map.encyclopedia, made.table)
     if job.dry_run:
         cost = estimate(made.table, config.spec(substrate), substrate, measure=True)
         console.print("\n".join(cost.lines()), highlight=False)
@@ -53,7 +63,7 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
     with run_steps.step("Collect states") as step:
         encyclopedia = collect(substrate, made.table, config)
         step.note(f"{len(made.table):,} texts, layers {', '.join(map(str, encyclopedia.spec.layers))}")
-    with encyclopedia, run_steps.step("Train, calibrate, evaluate") as step:
+    with encyclopedia, run_steps.step("Train, calibrate, evaluate") as step, _resumable(job, folder), loggers_closed():
         pack, evaluation = train_pack(
             encyclopedia,
             FitConfig(
@@ -67,7 +77,7 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
             ),
             substrate=substrate,
             concepts=made.concepts,
-            trainer=lambda callbacks: make_trainer(job, callbacks, console),
+            trainer=lambda callbacks: make_trainer(job, callbacks, step),
             folder=folder / "pack",
             checkpoint=None if job.resume is None else Path(job.resume),
             provenance=_run.provenance(job, sources.fetched),
@@ -77,14 +87,36 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
     return Trained(pack, evaluation, substrate, sources, made, folder)
 
 
-def leave_results(job: TrainJob, trained: Trained, run_steps: Steps, *, title: str, timeline: Timeline | None = None) -> None:
+@contextlib.contextmanager
+def _resumable(job: TrainJob, folder: Path) -> Iterator[None]:
+    """Say, when stopped by Ctrl-C, how to go on from the last checkpoint; and when a checkpoint does not fit."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        checkpoint = folder / CHECKPOINTS / "last.ckpt"
+        if not checkpoint.is_file():
+            raise
+        raise KeyboardInterrupt(
+            f"stopped; go on with the same command and resume={_run.shown(checkpoint)}, or start anew without"
+        ) from stop
+    except RuntimeError as error:
+        if job.resume is not None and "loading state_dict" in str(error):
+            raise ConfigError(
+                f"resume={job.resume} is the checkpoint of another training (other concepts, layers or lenses); "
+                "give the configuration it was made with, or leave resume out"
+            ) from error
+        raise
+
+
+def leave_results(
+    job: TrainJob, trained: Trained, run_steps: Steps, *, title: str, timeline: Timeline | None = None
+) -> None:
     """Write metrics, configuration and report into the run's folder, and print the table."""
     folder, evaluation = trained.folder, trained.evaluation
     _run.write_json(folder / "run.json", _run.provenance(job, trained.sources.fetched))
-    (folder / "config.yaml").write_text(_run.config_yaml(job), encoding="utf-8")
     if evaluation is not None:
         _run.write_json(folder / "metrics.json", evaluation.to_json())
-        run_steps.console.print(evaluation_table(evaluation, where=f"{_shown(folder)}/metrics.json"))
+        run_steps.console.print(evaluation_table(evaluation, where=f"{_run.shown(folder)}/metrics.json"))
     pack = trained.pack
     write_report(
         folder / "report.html",
@@ -110,15 +142,13 @@ def train(job: TrainJob) -> float | None:
     if trained is None:
         return None
     leave_results(job, trained, run_steps, title=f"Lens pack {trained.pack.pack_id}")
-    rows = {"report": f"{_shown(trained.folder)}/report.html", "pack": f"{_shown(trained.folder)}/pack"}
-    run_steps.console.print(overview("Written", {**rows, "read with": 'ftw monitor prompt="..."'}))
-    mean = {} if trained.evaluation is None else trained.evaluation.mean
-    return json.loads(json.dumps(mean.get("auroc")))
-
-
-def _shown(folder: Path) -> Path:
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    folder = _run.shown(trained.folder)
+    rows = {"report": f"{folder}/report.html", "pack": f"{folder}/pack", "read with": 'ftw monitor prompt="..."'}
+    if any(trained.folder.glob("wandb/offline-*")):
+        rows["to wandb"] = f"wandb sync {folder}/wandb/offline-*"
+    run_steps.console.print(overview("Written", rows))
+    return None if trained.evaluation is None else float(trained.evaluation.mean["auroc"])
 
 
 if __name__ == "__main__":
-    verb("train", train)
+    verb("train", train, TrainJob, data=DATA)

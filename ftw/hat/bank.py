@@ -2,14 +2,14 @@
 
 A state is layer-normed token by token (in float32, without parameters), projected onto the shared basis when there is
 one, and read by every lens at once. A lens that reads several layers is the average of its calibrated logits:
-logit_n = offset_n + sum_l scale_ln head_ln(x_l). For linear lenses that sum is itself one linear map over the layers side
-by side, so the bank keeps only that: one matrix product a token however many layers are read.
+logit_n = offset_n + sum_l scale_ln head_ln(x_l). For linear lenses that sum is itself one linear map over the layers
+side by side, so the bank keeps only that: one matrix product a token however many layers are read.
 
 Axes: N lenses, B batch (any states: tokens, texts, streams), L layers, D model width, Q quantiles, K kept, V watched.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,8 @@ class LensBank(nn.Module):
     offset: Tensor
     quantiles: Tensor
     levels: Tensor
+    median: Tensor
+    spread: Tensor
 
     def __init__(
         self,
@@ -83,7 +85,13 @@ class LensBank(nn.Module):
         self.register_buffer("offset", offset_N)
         self.register_buffer("quantiles", torch.empty(len(names), 0) if quantiles_NQ is None else quantiles_NQ)
         self.register_buffer("levels", torch.empty(0) if levels_Q is None else levels_Q)
-        self.requires_grad_(False)
+        if self.calibrated:
+            # Background median of each lens, and its distance to the 99th percentile: what `rank` needs at every token.
+            median_N = self.quantiles[:, _nearest(self.levels, 0.5)].clone()
+            upper_N = self.quantiles[:, _nearest(self.levels, 0.99)]
+            self.register_buffer("median", median_N)
+            self.register_buffer("spread", (upper_N - median_N).clamp_min(1e-6))
+        self.requires_grad_(False).eval()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -140,20 +148,10 @@ class LensBank(nn.Module):
     def rank(self, logits_BN: Tensor) -> Tensor:
         """What lenses are compared by: distance from the background median in units of its upper spread.
 
-        Logits of different lenses are not on one scale, and percentiles saturate at 1; this orders both. An uncalibrated
-        bank ranks by logit.
+        Logits of different lenses are not on one scale, and percentiles saturate at 1; this orders both. An
+        uncalibrated bank ranks by logit.
         """
         return (logits_BN - self.median) / self.spread if self.calibrated else logits_BN
-
-    @property
-    def median(self) -> Tensor:
-        """Background median of each lens's logit, [N]."""
-        return self.quantiles[:, _nearest(self.levels, 0.5)]
-
-    @property
-    def spread(self) -> Tensor:
-        """Background distance from the median to the 99th percentile, [N]."""
-        return (self.quantiles[:, _nearest(self.levels, 0.99)] - self.median).clamp_min(1e-6)
 
     def read(self, states_BLD: Tensor, *, k: int, watch: Tensor | None = None) -> BankReading:
         """The k strongest lenses and the watched ones."""
@@ -177,15 +175,24 @@ class LensBank(nn.Module):
         Raises:
             ConceptError: a name that the bank does not read, with the nearest names.
         """
-        for name in names:
-            if name not in self.index:
-                near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
-                raise ConceptError(f"no lens for concept {name!r}; nearest: {', '.join(near) or 'none'}")
-        return torch.tensor([self.index[name] for name in names], dtype=torch.long, device=self.offset.device)
+        return torch.tensor(find_rows(names, self.index), dtype=torch.long, device=self.offset.device)
 
     @property
     def _folded(self) -> bool:
         return not self.scale.numel()
+
+
+def find_rows(names: Sequence[str], index: Mapping[str, int]) -> list[int]:
+    """Rows of some concepts.
+
+    Raises:
+        ConceptError: a name without a row, with the nearest names that have one.
+    """
+    for name in names:
+        if name not in index:
+            near = difflib.get_close_matches(name, index, n=3, cutoff=0.5)
+            raise ConceptError(f"no lens for concept {name!r}; nearest: {', '.join(near) or 'none'}")
+    return [index[name] for name in names]
 
 
 def combine_linear(heads: Sequence[LinearHead], scale_LN: Tensor, offset_N: Tensor) -> LinearHead:
@@ -231,16 +238,19 @@ def _interpolate(logits_MB: Tensor, quantiles_MQ: Tensor, levels_Q: Tensor) -> T
     """Percentile of each value in its row's quantiles, [M, B]; a value on a flat step stands in its middle."""
     last = quantiles_MQ.shape[1] - 1
     first = torch.searchsorted(quantiles_MQ, logits_MB)
-    after = torch.searchsorted(quantiles_MQ, logits_MB, right=True)
-    above = after.clamp(1, last)
+    above = first.clamp(1, last)
     low, high = quantiles_MQ.gather(1, above - 1), quantiles_MQ.gather(1, above)
     share = ((logits_MB - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    between = levels_Q[above - 1] + share * (levels_Q[above] - levels_Q[above - 1])
-    middle = (levels_Q[first.clamp_max(last)] + levels_Q[(after - 1).clamp_min(0)]) / 2
-    percentile = torch.where(after > first, middle, between)
-    percentile = torch.where(logits_MB > quantiles_MQ[:, -1:], 1.0, percentile)
-    percentile = torch.where(logits_MB < quantiles_MQ[:, :1], 0.0, percentile)
-    return torch.where(torch.isnan(logits_MB), torch.nan, percentile)
+    percentile = torch.lerp(levels_Q[above - 1], levels_Q[above], share)
+    percentile = percentile.masked_fill(logits_MB > quantiles_MQ[:, -1:], 1.0)
+    percentile = percentile.masked_fill(logits_MB < quantiles_MQ[:, :1], 0.0)
+    # Values that equal a quantile are rare (constant lenses, the extremes); a second search costs as much as the first.
+    met = quantiles_MQ.gather(1, first.clamp_max(last)) == logits_MB
+    if met.any():
+        after = torch.searchsorted(quantiles_MQ, logits_MB, right=True)
+        middle = (levels_Q[first.clamp_max(last)] + levels_Q[(after - 1).clamp_min(0)]) / 2
+        percentile = torch.where(met, middle, percentile)
+    return percentile.masked_fill(logits_MB.isnan(), torch.nan)
 
 
 def _nearest(levels_Q: Tensor, level: float) -> int:

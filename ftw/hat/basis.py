@@ -46,7 +46,9 @@ def fit_basis(tokens_TLD: Tensor, rank: int) -> Basis:
     """
     num_tokens, num_layers, width = tokens_TLD.shape
     if not 1 <= rank <= min(width, num_tokens):
-        raise ConfigError(f"basis of rank {rank}: choose 1 to {min(width, num_tokens)} (width {width}, {num_tokens} tokens)")
+        raise ConfigError(
+            f"basis of rank {rank}: choose 1 to {min(width, num_tokens)} (width {width}, {num_tokens} tokens)"
+        )
     means, components = [], []
     for layer in range(num_layers):
         x_TD = tokens_TLD[:, layer].double()

@@ -6,6 +6,7 @@ row can be read, written, copied or saved on its own; a single lens is a head of
 Axes: N lenses, B batch, W input width (model width D, basis rank R, or several layers side by side).
 """
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -44,7 +45,9 @@ class HeadConfig:
         if self.hidden == 0 and self.family == "linear":
             return LinearHead(num_lenses, width)
         if self.hidden < 2:
-            raise ConfigError(f"hat.lens.hidden={self.hidden}: an MLP lens needs at least 2 hidden units (128 is usual)")
+            raise ConfigError(
+                f"hat.lens.hidden={self.hidden}: an MLP lens needs at least 2 hidden units (128 is usual)"
+            )
         return MLPHead(num_lenses, width, hidden=self.hidden, dropout=self.dropout)
 
 
@@ -71,7 +74,17 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def rows(self, index: Tensor) -> "Head":
-        """A head of the chosen lenses, in that order, sharing nothing with this one."""
+        """A head of the chosen lenses, in that order, on the CPU, sharing nothing with this one."""
+
+    def part(self, start: int, stop: int) -> "Head":
+        """Consecutive lenses as a head that shares its tensors with this one: to read with, not to train."""
+        view = copy.copy(self)
+        view._parameters = {
+            name: nn.Parameter(tensor.detach()[start:stop], requires_grad=False)
+            for name, tensor in self.named_parameters()
+        }
+        view.num_lenses = stop - start
+        return view
 
     def row_tensors(self) -> dict[str, Tensor]:
         """All tensors by name, lens axis first; what a pack stores."""
@@ -80,6 +93,8 @@ class Head(nn.Module, ABC):
     @torch.no_grad()
     def copy_rows(self, source: "Head", mask_N: Tensor) -> None:
         """Overwrite the lenses where `mask_N` is true with those of `source`."""
+        if not mask_N.any():
+            return
         theirs = source.state_dict()
         for name, tensor in self.state_dict().items():
             tensor[mask_N] = theirs[name][mask_N]

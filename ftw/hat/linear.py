@@ -1,7 +1,7 @@
 """The linear family: one weight vector and one bias a lens, all lenses one matrix product.
 
-The default. On standardised features and with an L2 penalty it is logistic regression; measured on public probing sets it
-is no worse than the MLP of the original design at 1/140 of the weights.
+The default. On standardised features and with an L2 penalty it is logistic regression; measured on public probing sets
+it is no worse than the MLP of the original design at 1/140 of the weights.
 """
 
 import torch
@@ -32,14 +32,14 @@ class LinearHead(Head):
 
     @torch.no_grad()
     def fold_inputs(self, center_W: Tensor, scale_W: Tensor) -> "LinearHead":
-        folded = LinearHead(self.num_lenses, self.width)
+        folded = LinearHead(self.num_lenses, self.width).train(self.training)
         folded.weight.copy_(self.weight / scale_W)
         folded.bias.copy_(self.bias - folded.weight @ center_W)
         return folded
 
     @torch.no_grad()
     def rows(self, index: Tensor) -> "LinearHead":
-        chosen = LinearHead(len(index), self.width)
+        chosen = LinearHead(len(index), self.width).train(self.training)
         chosen.weight.copy_(self.weight[index])
         chosen.bias.copy_(self.bias[index])
         return chosen

@@ -50,10 +50,12 @@ class MLPHead(Head):
 
     @torch.no_grad()
     def rows(self, index: Tensor) -> "MLPHead":
-        chosen = MLPHead(len(index), self.width, hidden=self.hidden, dropout=self.dropout)
-        for name, tensor in chosen.state_dict().items():
-            tensor.copy_(self.state_dict()[name][index])
-        return chosen
+        with torch.device("meta"):  # its random weights would be overwritten, and would move torch's generator
+            chosen = MLPHead(len(index), self.width, hidden=self.hidden, dropout=self.dropout)
+        chosen.to_empty(device="cpu").load_state_dict(
+            {name: tensor[index] for name, tensor in self.state_dict().items()}
+        )
+        return chosen.train(self.training)
 
     def _drop(self, x: Tensor) -> Tensor:
         return torch.nn.functional.dropout(x, self.dropout, self.training)

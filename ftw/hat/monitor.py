@@ -1,31 +1,31 @@
 """Reading lenses while a model generates.
 
-`Monitor.generate` is the substrate's own `generate` with a tap on it: every sampling option, the KV cache and batches of
-prompts work as ever, and the tokens are those of plain `generate` with the same seed. A token's reading is made of the
-state at its own position, as in training. The last token is never fed back by `generate`; one more step reads it.
+`Monitor.generate` is the substrate's own `generate` with a tap on it: every sampling option, the KV cache and batches
+of prompts work as ever, and the tokens are those of plain `generate` with the same seed. A token's reading is made of
+the state at its own position, as in training. The last token is never fed back by `generate`; one more step reads it.
 
-Axes: B sequences, T tokens, L layers, N lenses.
+Axes: B sequences, T tokens.
 """
 
+import inspect
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from ftw.errors import FTWError, SubstrateError
+from ftw.errors import ConfigError, SubstrateError
 from ftw.hat.bank import LensBank
-from ftw.hat.timeline import Reading, Timeline, TokenReading
+from ftw.hat.recorder import OnToken, Recorder
+from ftw.hat.timeline import Timeline, TokenReading
 from ftw.substrate.model import Substrate
 from ftw.substrate.taps import Tap
 
-OnToken = Callable[[int, TokenReading], None]
-CHUNK = 4096  # readings of a long prompt are computed this many positions at a time, to bound memory
+# Options of `generate` that the monitor fills in itself.
+OWN_OPTIONS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "return_dict_in_generate")
 
 
 class Monitor:
@@ -39,7 +39,8 @@ class Monitor:
         meta: kept with every timeline (pack id, version).
 
     Raises:
-        ConceptError: an unknown concept in `watch`. SubstrateError: the bank reads states of another width.
+        ConceptError: an unknown concept in `watch`. ConfigError: a negative `top_k`.
+        SubstrateError: the bank reads states of another width, or layers that the substrate does not have.
     """
 
     def __init__(
@@ -56,10 +57,18 @@ class Monitor:
                 f"the lenses read states of width {bank.width}; {substrate.name!r} has width {substrate.width}. "
                 "Load the substrate that the pack names"
             )
+        if top_k < 0:
+            raise ConfigError(f"top_k={top_k}: choose 0 or more concepts a token")
+        substrate.layers(bank.layers)
         self.substrate, self.bank = substrate, bank.to(substrate.device).eval()
         self.top_k, self.watch = top_k, list(watch)
         self._watch_rows = bank.rows_of(self.watch)
-        self._meta = {"substrate": substrate.name, "fingerprint": substrate.fingerprint, "layers": list(bank.layers), **(meta or {})}
+        self._meta = {
+            "substrate": substrate.name,
+            "fingerprint": substrate.fingerprint,
+            "layers": list(bank.layers),
+            **(meta or {}),
+        }
 
     def generate(
         self,
@@ -83,11 +92,15 @@ class Monitor:
             One timeline for a prompt, a list for a list of prompts (times `num_return_sequences`).
 
         Raises:
-            SubstrateError: a prompt longer than the context, or beam search and assisted decoding, which reorder
-                or skip tokens behind the tap's back.
+            SubstrateError: no prompt, one longer than the context, or beam search and assisted decoding, which
+                reorder or skip tokens behind the tap's back.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        encoded = [self.substrate.chat(text, system=system) if chat else self.substrate.encode(text) for text in prompts]
+        if not prompts:
+            raise SubstrateError("no prompt to answer; give a text or a list of texts")
+        encoded = [
+            self.substrate.chat(text, system=system) if chat else self.substrate.encode(text) for text in prompts
+        ]
         timelines = self._run(prompts, encoded, seed, on_token, options)
         return timelines[0] if isinstance(prompt, str) and len(timelines) == 1 else timelines
 
@@ -100,11 +113,11 @@ class Monitor:
         """Read a text that is already there: one forward pass, no generation."""
         token_ids = self.substrate.encode(text)
         self._check_length(len(token_ids), 0)
-        recorder = _Recorder(self, [text], [token_ids], on_token=None)
+        recorder = self._recorder([text], [token_ids])
         ids = torch.tensor([token_ids], device=self.substrate.device)
         with Tap(self.substrate, self.bank.layers, recorder.on_states, stop=True):
             self.substrate.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        return recorder.timelines(ids.cpu(), texts=[text])[0]
+        return recorder.timelines(ids.cpu(), self._meta, texts=[text])[0]
 
     @torch.inference_mode()
     def _run(
@@ -118,31 +131,45 @@ class Monitor:
         model, device = self.substrate.model, self.substrate.device
         _refuse_reordering(model, options)
         longest = max(len(ids) for ids in encoded)
-        self._check_length(longest, int(options.get("max_new_tokens") or 0))
-        ids_BT = torch.full((len(encoded), longest), self.substrate.pad_token_id)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, ids in enumerate(encoded):  # left padding, so that all answers start in the same column
-            ids_BT[row, longest - len(ids) :] = torch.tensor(ids)
-            mask_BT[row, longest - len(ids) :] = 1
-        recorder = _Recorder(self, prompts, encoded, on_token)
-        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), recorder])
-        with torch.random.fork_rng(enabled=seed is not None), Tap(self.substrate, self.bank.layers, recorder.on_states):
+        self._check_length(longest, _num_new(model, options, longest))
+        generation = {name: value for name, value in options.items() if isinstance(value, str | int | float | bool)}
+        pad = options.pop("pad_token_id", self.substrate.pad_token_id)
+        ids_BT, mask_BT = (tensor.to(device) for tensor in _left_padded(encoded, longest, pad))
+        criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or [])
+        if strings := _option(model, options, "stop_strings"):
+            # Seen by the recorder too, which must know where a row of a batch ends.
+            criteria.append(StopStringCriteria(options.setdefault("tokenizer", self.substrate.tokenizer), strings))
+        stop_ids = _token_ids(_option(model, options, "eos_token_id"))
+        recorder = self._recorder(prompts, encoded, stop_ids=stop_ids, criteria=criteria, on_token=on_token)
+        devices = [device] if device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices, enabled=seed is not None),
+            Tap(self.substrate, self.bank.layers, recorder.on_states),
+        ):
             if seed is not None:
                 torch.manual_seed(seed)
             output = model.generate(
-                input_ids=ids_BT.to(device),
-                attention_mask=mask_BT.to(device),
-                pad_token_id=self.substrate.pad_token_id,
-                stopping_criteria=criteria,
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                pad_token_id=pad,
+                stopping_criteria=StoppingCriteriaList([recorder]),
                 return_dict_in_generate=True,
                 **options,
             )
-            self._read_last(output, mask_BT.to(device))
-        sequences = output.sequences
-        recorder.finish(sequences)
-        texts = [self.substrate.tokenizer.decode(row[longest:], skip_special_tokens=True) for row in sequences]
-        generation = {name: value for name, value in options.items() if isinstance(value, str | int | float | bool)}
-        return recorder.timelines(sequences.cpu(), texts=texts, meta={"generation": generation, "seed": seed})
+            self._read_last(output, mask_BT)
+        recorder.finish(output.sequences)
+        return recorder.timelines(output.sequences.cpu(), {**self._meta, "generation": generation, "seed": seed})
+
+    def _recorder(self, prompts: Sequence[str], encoded: Sequence[Sequence[int]], **options: Any) -> Recorder:
+        return Recorder(
+            substrate=self.substrate,
+            bank=self.bank,
+            top_k=self.top_k,
+            watch_rows_V=self._watch_rows,
+            prompts=prompts,
+            encoded=encoded,
+            **options,
+        )
 
     def _read_last(self, output: Any, mask_BT: Tensor) -> None:
         """One step over the final token, which `generate` chose but never fed back."""
@@ -150,14 +177,15 @@ class Monitor:
         repeats = len(sequences) // len(mask_BT)
         mask_BT = mask_BT.repeat_interleave(repeats, dim=0)
         full_BT = torch.cat([mask_BT, mask_BT.new_ones(len(sequences), sequences.shape[1] - mask_BT.shape[1])], dim=1)
+        positions_BT = (full_BT.cumsum(1) - 1).clamp_min(0)
+        inputs = {"input_ids": sequences, "position_ids": positions_BT, "use_cache": False}
         cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            self.substrate.model(input_ids=sequences, attention_mask=full_BT, use_cache=False)
-        else:
-            positions_B1 = full_BT.sum(1, keepdim=True) - 1
-            self.substrate.model(
-                input_ids=sequences[:, -1:], attention_mask=full_BT, past_key_values=cache, position_ids=positions_B1
-            )
+        if isinstance(cache, DynamicCache):  # a static one has no room for one more; then all is computed again
+            inputs = {"input_ids": sequences[:, -1:], "position_ids": positions_BT[:, -1:], "past_key_values": cache}
+        body = self.substrate.model.base_model  # without the LM head: no further token is asked for
+        if "position_ids" not in inspect.signature(body.forward).parameters:
+            del inputs["position_ids"]
+        body(attention_mask=full_BT, **inputs)
 
     def _check_length(self, num_tokens: int, num_new: int) -> None:
         limit = self.substrate.context_tokens
@@ -172,11 +200,13 @@ class Stream(Iterator[TokenReading]):
     """Readings of one generation as they come. Leaving early (`close`, or a `with`) stops the generation."""
 
     def __init__(self, monitor: Monitor, prompt: str, options: dict[str, Any]) -> None:
+        if not isinstance(prompt, str) or (_option(monitor.substrate.model, options, "num_return_sequences") or 1) > 1:
+            raise SubstrateError("a stream follows one sequence; use generate() with on_token for several")
         self._readings: queue.SimpleQueue[TokenReading | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._error: BaseException | None = None
         self._timeline: Timeline | None = None
-        criteria = [*options.pop("stopping_criteria", []), _StopWhen(self._closed)]
+        criteria = [*(options.pop("stopping_criteria", None) or []), _StopWhen(self._closed)]
         run = lambda: self._run(monitor, prompt, {**options, "stopping_criteria": criteria})  # noqa: E731
         self._thread = threading.Thread(target=run, name="ftw-monitor", daemon=True)
         self._thread.start()
@@ -213,8 +243,7 @@ class Stream(Iterator[TokenReading]):
     def _run(self, monitor: Monitor, prompt: str, options: dict[str, Any]) -> None:
         try:
             timeline = monitor.generate(prompt, on_token=lambda _, reading: self._readings.put(reading), **options)
-            if isinstance(timeline, list):
-                raise FTWError("a stream follows one sequence; use generate() for num_return_sequences > 1")
+            assert isinstance(timeline, Timeline)  # several sequences were refused
             self._timeline = timeline
         except BaseException as error:  # noqa: BLE001 (handed to the reader, who is on another thread)
             self._error = error
@@ -230,183 +259,41 @@ class _StopWhen(StoppingCriteria):
         return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
 
 
-class _Recorder(StoppingCriteria):
-    """Turns tapped states into readings, and tells them as soon as the token is known.
-
-    As a stopping criterion it sees the sequences after every step and never stops them.
-    """
-
-    def __init__(self, monitor: Monitor, prompts: list[str], encoded: list[list[int]], on_token: OnToken | None) -> None:
-        self._monitor, self._prompts, self._encoded, self._on_token = monitor, prompts, encoded, on_token
-        self._pending: dict[int, Tensor] = {}
-        self._logits: list[Tensor] = []  # [B, t, N] parts, on the device until the end
-        self._num_read, self._num_told = 0, 0
-        self._total = max(len(ids) for ids in encoded)
-        self._prompt_width = self._total
-        self._lens_seconds = 0.0
-        tokenizer, stop = monitor.substrate.tokenizer, monitor.substrate.model.generation_config.eos_token_id
-        self._special_ids = set(tokenizer.all_special_ids)
-        self._stop_ids = set(stop if isinstance(stop, list) else [stop])
-        self._template = [self._template_mask(ids, text) for ids, text in zip(encoded, prompts, strict=True)]
-        self._ms: list[float] = []
-        self._clock = time.perf_counter()
-
-    def on_states(self, layer: int, states_BTD: Tensor) -> None:
-        """Keep a block's output; when the deepest wanted layer has come, read the lenses."""
-        # Without a KV cache a pass goes over the whole sequence again: only what is new counts.
-        num_new = min(states_BTD.shape[1], self._total - self._num_read)
-        self._pending[layer] = states_BTD[:, states_BTD.shape[1] - num_new :]
-        if len(self._pending) == len(self._monitor.bank.layers):
-            self._read(torch.stack([self._pending[layer] for layer in self._monitor.bank.layers], dim=2))
-            self._pending.clear()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        if len(input_ids) % len(self._encoded):
-            raise SubstrateError("the number of sequences changed during generation; use plain sampling or greedy decoding")
-        self._tell(input_ids)
-        self._total = input_ids.shape[1]
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    def finish(self, sequences: Tensor) -> None:
-        """Tell what was read after the last step."""
-        self._tell(sequences)
-
-    def timelines(self, sequences: Tensor, *, texts: list[str], meta: Mapping[str, Any] | None = None) -> list[Timeline]:
-        """One timeline a sequence, padding left out."""
-        monitor, bank = self._monitor, self._monitor.bank
-        logits_BTN = torch.cat(self._logits, dim=1)
-        num_read = logits_BTN.shape[1]
-        flat = logits_BTN.flatten(0, 1)
-        percentiles_BTN = bank.percentile(flat).view_as(logits_BTN).cpu().numpy()
-        rank_BTN = bank.rank(flat).view_as(logits_BTN).cpu().numpy()
-        logits_BTN = logits_BTN.cpu().numpy()
-        repeats = len(sequences) // len(self._encoded)
-        lens_ms = 1000 * self._lens_seconds / max(num_read, 1)
-        result = []
-        for row, ids in enumerate(sequences.tolist()):
-            given = self._encoded[row // repeats]
-            start = self._prompt_width - len(given)
-            stop = _end_of_answer(ids, self._prompt_width, self._stop_ids)
-            template = self._template[row // repeats]
-            kept, kept_ids = slice(start, min(stop, num_read)), ids[start : min(stop, num_read)]
-            ms = np.full(len(kept_ids), np.nan, dtype=np.float32)
-            answer_ms = self._ms[: max(len(kept_ids) - len(given), 0)]
-            ms[len(given) : len(given) + len(answer_ms)] = answer_ms
-            result.append(
-                Timeline(
-                    tokens=pieces(monitor.substrate, kept_ids),
-                    token_ids=np.array(kept_ids),
-                    is_prompt=np.arange(len(kept_ids)) < len(given),
-                    is_special=np.array([*template, *(token in self._special_ids for token in kept_ids[len(template) :])]),
-                    concepts=bank.names,
-                    logits_TN=logits_BTN[row, kept],
-                    percentiles_TN=percentiles_BTN[row, kept],
-                    rank_TN=rank_BTN[row, kept],
-                    ms_per_token=ms,
-                    prompt=self._prompts[row // repeats],
-                    text=texts[row],
-                    meta={**monitor._meta, **(meta or {}), "lens_ms_per_token": round(lens_ms, 4)},
-                )
-            )
-        return result
-
-    def _read(self, states_BTLD: Tensor) -> None:
-        start = time.perf_counter()
-        num_rows, num_new = states_BTLD.shape[:2]
-        flat = states_BTLD.flatten(0, 1)
-        parts = [self._monitor.bank(flat[at : at + CHUNK]) for at in range(0, len(flat), CHUNK)]
-        self._logits.append(torch.cat(parts).view(num_rows, num_new, -1))
-        self._num_read += num_new
-        self._lens_seconds += time.perf_counter() - start
-
-    def _tell(self, sequences: Tensor) -> None:
-        """Hand over readings of positions that were read and whose tokens are known."""
-        now = time.perf_counter()
-        if self._num_told:
-            self._ms.append(1000 * (now - self._clock))
-        self._clock = now
-        if self._on_token is not None and self._num_read > self._num_told:
-            ids, num_new = sequences.tolist(), self._num_read - self._num_told
-            # Every read appends one part, and each is told before the next one comes.
-            for step in range(num_new):
-                self._tell_position(self._num_told + step, ids, self._logits[-1][:, -num_new + step], self._on_token)
-        self._num_told = self._num_read
-
-    def _tell_position(self, position: int, ids: list[list[int]], logits_BN: Tensor, on_token: OnToken) -> None:
-        repeats = len(ids) // len(self._encoded)
-        top_BK, watch_BV = self._readings(logits_BN)
-        is_prompt = position < self._prompt_width
-        for row, row_ids in enumerate(ids):
-            start = self._prompt_width - len(self._encoded[row // repeats])
-            if not start <= position < _end_of_answer(row_ids, self._prompt_width, self._stop_ids):
-                continue
-            upto = row_ids[start : position + 1]
-            on_token(
-                row,
-                TokenReading(
-                    position=position - start,
-                    token=pieces(self._monitor.substrate, upto, last=1)[-1],
-                    token_id=upto[-1],
-                    is_prompt=is_prompt,
-                    is_special=self._template[row // repeats][position - start] if is_prompt else upto[-1] in self._special_ids,
-                    top=top_BK[row],
-                    watch=watch_BV[row],
-                    ms=None if is_prompt or not self._ms else self._ms[-1],
-                ),
-            )
-
-    def _readings(self, logits_BN: Tensor) -> tuple[list[list[Reading]], list[list[Reading]]]:
-        bank, monitor = self._monitor.bank, self._monitor
-        index_BK = bank.rank(logits_BN).nan_to_num(-torch.inf).topk(min(monitor.top_k, len(bank)), dim=-1).indices
-        watch_BV = monitor._watch_rows.to(index_BK.device).expand(len(logits_BN), -1)
-        index = torch.cat([index_BK, watch_BV], dim=1)
-        logit = logits_BN.gather(1, index)
-        rows = torch.stack([index.float(), logit, torch.sigmoid(logit), bank.percentile(logit, index)], dim=-1).cpu().tolist()
-        readings = [[Reading(bank.names[int(n)], z, p, q) for n, z, p, q in row] for row in rows]
-        kept = index_BK.shape[1]
-        return [row[:kept] for row in readings], [row[kept:] for row in readings]
-
-    def _template_mask(self, given: list[int], prompt: str) -> list[bool]:
-        """Which tokens of a prompt belong to the tokenizer or the chat template, not to the user's text."""
-        parts = pieces(self._monitor.substrate, given)
-        ends = np.cumsum([len(part) for part in parts])
-        at = "".join(parts).rfind(prompt)
-        special = np.isin(given, list(self._special_ids))
-        special[0] = True
-        if at >= 0:  # a tokenizer that does not give the prompt back letter by letter leaves its template uncovered
-            special |= (ends <= at) | (ends - [len(part) for part in parts] >= at + len(prompt))
-        return special.tolist()
+def _left_padded(encoded: Sequence[Sequence[int]], longest: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, padded on the left, so that all answers start in the same column."""
+    ids_BT = torch.full((len(encoded), longest), pad)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, ids in enumerate(encoded):
+        ids_BT[row, longest - len(ids) :] = torch.tensor(ids)
+        mask_BT[row, longest - len(ids) :] = 1
+    return ids_BT, mask_BT
 
 
-def pieces(substrate: Substrate, ids: Sequence[int], *, last: int | None = None) -> list[str]:
-    """What each token adds to the text, so that the pieces joined are the text; bytes of an unfinished letter wait.
-
-    Args:
-        last: only the pieces of the last so many tokens.
-    """
-    decode = substrate.tokenizer.decode
-    result = []
-    for end in range(0 if last is None else len(ids) - last, len(ids)):
-        start = max(0, end - 6)  # no letter takes more tokens than that
-        before = decode(ids[start:end], clean_up_tokenization_spaces=False).rstrip("\ufffd")
-        through = decode(ids[start : end + 1], clean_up_tokenization_spaces=False)
-        result.append("" if through.endswith("\ufffd") else through[len(before) :])
-    return result
+def _option(model: Any, options: Mapping[str, Any], name: str) -> Any:
+    """An option of `generate` as it will take it: the argument, else the configuration given, else the model's."""
+    configs = (options.get("generation_config"), model.generation_config)
+    values = (options.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
 
 
-def _end_of_answer(ids: Sequence[int], prompt_width: int, stop_ids: set[int]) -> int:
-    """Position after the first stop token of the answer: what follows is padding."""
-    for position in range(prompt_width, len(ids)):
-        if ids[position] in stop_ids:
-            return position + 1
-    return len(ids)
+def _token_ids(value: Any) -> set[int]:
+    return set() if value is None else set(torch.as_tensor(value).flatten().tolist())
+
+
+def _num_new(model: Any, options: Mapping[str, Any], longest: int) -> int:
+    """How many tokens may be generated at most, as far as that is said."""
+    if (num := _option(model, options, "max_new_tokens")) is not None:
+        return int(num)
+    return max(1, int(options.get("max_length") or 0) - longest)
 
 
 def _refuse_reordering(model: Any, options: Mapping[str, Any]) -> None:
-    config = options.get("generation_config") or model.generation_config
-    beams = options.get("num_beams", config.num_beams) or 1
-    if beams > 1:
-        raise SubstrateError(f"num_beams={beams}: beams swap rows while the lenses read; use sampling or greedy decoding")
+    if own := [name for name in OWN_OPTIONS if name in options]:
+        raise SubstrateError(f"{own[0]} is made from the prompt by the monitor; leave it out")
+    if (beams := _option(model, options, "num_beams") or 1) > 1:
+        raise SubstrateError(
+            f"num_beams={beams}: beams swap rows while the lenses read; use sampling or greedy decoding"
+        )
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        if options.get(name):
+        if _option(model, options, name):
             raise SubstrateError(f"{name}: assisted decoding drops tokens that were read; leave it out")

@@ -6,6 +6,7 @@ folds it into the module that reads. Rows of all tensors are lenses, so levels a
 Axes: N lenses, L layers, D model width, Q quantiles.
 """
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ftw.errors import PackError
-from ftw.hat.bank import LensBank, build_bank
+from ftw.hat.bank import LensBank, build_bank, find_rows
 from ftw.hat.basis import Basis
 from ftw.hat.lens import Head, HeadConfig
 from ftw.hat.mlp import MLPHead
@@ -28,7 +29,8 @@ class LensStack:
 
     Attributes:
         names: N concepts. layers: L layers. heads: one head a layer, reading layer-normed states or basis coordinates.
-        scale_NL, offset_NL: Platt's calibration of each layer; a lens's logit is the mean over layers of scale x head + offset.
+        scale_NL, offset_NL: Platt's calibration of each layer; a lens's logit is the mean over layers of
+            scale x head + offset.
         quantiles_NQ, levels_Q: background quantiles of that logit on single tokens.
         threshold_N: logit above which a text is called positive (best F1 on out-of-fold rows).
         threshold_1fpr_N: logit that 1 % of the out-of-fold negatives exceed.
@@ -61,9 +63,13 @@ class LensStack:
         )
 
     def rows(self, names: Sequence[str]) -> "LensStack":
-        """The stack of some of its lenses, in the given order."""
+        """The stack of some of its lenses, in the given order.
+
+        Raises:
+            ConceptError: a name that the stack has no lens for, with the nearest names.
+        """
         place = {name: row for row, name in enumerate(self.names)}
-        index = torch.tensor([place[name] for name in names], dtype=torch.long)
+        index = torch.tensor(find_rows(names, place), dtype=torch.long)
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor[index] if tensor.numel() else tensor
@@ -105,42 +111,71 @@ def stack_from_tensors(
     head: HeadConfig,
     lens: Mapping[str, Tensor],
     calibration: Mapping[str, Tensor],
-    basis: Basis | None,
+    basis: Mapping[str, Tensor] | None,
+    basis_rank: int,
     where: str,
 ) -> LensStack:
     """A stack from the tensors of a pack, every name and shape checked.
+
+    Args:
+        width, basis_rank: of the substrate, and of the basis (0: none).
 
     Raises:
         PackError: a tensor is missing, of another shape, or not finite; names file and tensor.
     """
     num, num_layers = len(names), len(layers)
-    expected = head.build(num, width)
-    heads = [head.build(num, width) for _ in layers]
-    for name, model in expected.state_dict().items():
-        _check(lens, name, (num, num_layers, *model.shape[1:]), where)
+    read_width = basis_rank or width
+    with torch.device("meta"):  # shapes only: what a hostile index declares is not allocated
+        shapes = {name: tensor.shape[1:] for name, tensor in head.build(1, read_width).state_dict().items()}
+    checked = {name: _check(lens, name, (num, num_layers, *shape), where) for name, shape in shapes.items()}
+    shared = None
+    if basis_rank:
+        mean_LD = _check(basis or {}, "mean", (num_layers, width), where)
+        shared = Basis(mean_LD, _check(basis or {}, "components", (num_layers, width, basis_rank), where))
+    heads = [head.build(num, read_width) for _ in layers]
     for layer, built in enumerate(heads):
-        built.load_state_dict({name: lens[name][:, layer].float() for name in expected.state_dict()})
-    scale, offset = (_check(calibration, name, (num, num_layers), where) for name in ("scale", "offset"))
-    levels = calibration.get("levels", torch.empty(0)).float()
+        built.load_state_dict({name: tensor[:, layer] for name, tensor in checked.items()})
     optional = {}
-    for name, shape in (("quantiles", (num, len(levels))), ("threshold", (num,)), ("threshold_1fpr", (num,))):
+    for name in ("threshold", "threshold_1fpr"):
         if name in calibration:
-            optional[f"{name}_N" + "Q" * (name == "quantiles")] = _check(calibration, name, shape, where).float()
+            optional[f"{name}_N"] = _check(calibration, name, (num,), where)
+    if "quantiles" in calibration:
+        optional["levels_Q"] = _ascending(calibration, "levels", (calibration["quantiles"].shape[-1],), where)
+        optional["quantiles_NQ"] = _ascending(calibration, "quantiles", (num, len(optional["levels_Q"])), where)
     return LensStack(
-        names=names, layers=layers, heads=heads, scale_NL=scale.float(), offset_NL=offset.float(), levels_Q=levels, basis=basis, **optional
+        names=names,
+        layers=layers,
+        heads=heads,
+        scale_NL=_check(calibration, "scale", (num, num_layers), where),
+        offset_NL=_check(calibration, "offset", (num, num_layers), where),
+        basis=shared,
+        **optional,
     )
 
 
 def head_of(stack: LensStack) -> HeadConfig:
     """The configuration that builds a stack's heads again."""
     head = stack.heads[0]
-    return HeadConfig(family="mlp", hidden=head.hidden, dropout=head.dropout) if isinstance(head, MLPHead) else HeadConfig()
+    return (
+        HeadConfig(family="mlp", hidden=head.hidden, dropout=head.dropout)
+        if isinstance(head, MLPHead)
+        else HeadConfig()
+    )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file."""
+    """One safetensors file.
+
+    Raises:
+        OSError: it cannot be written, a full disk with its own errno.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        # safetensors tells of a full disk in words only; `paths` asks for the number.
+        full = "No space left" in str(error) or "os error 28" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -153,7 +188,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise PackError(f"{path} is not a readable safetensors file ({error}); fetch or train the pack again") from error
+        raise PackError(
+            f"{path} is not a readable safetensors file ({error}); fetch or train the pack again"
+        ) from error
 
 
 def _check(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], where: str) -> Tensor:
@@ -164,4 +201,14 @@ def _check(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], whe
         raise PackError(f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, its index says {shape}")
     if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
         raise PackError(f"{where}: tensor {name!r} is {tensor.dtype} or holds numbers that are not finite")
+    exact = tensor.float()
+    if not torch.isfinite(exact).all():
+        raise PackError(f"{where}: tensor {name!r} holds numbers beyond float32")
+    return exact
+
+
+def _ascending(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], where: str) -> Tensor:
+    tensor = _check(tensors, name, shape, where)
+    if shape[-1] < 2 or (tensor.diff(dim=-1) < 0).any():
+        raise PackError(f"{where}: tensor {name!r} does not ascend over at least two quantiles")
     return tensor

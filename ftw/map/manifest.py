@@ -30,20 +30,50 @@ def verify_manifest(folder: Path, *, hashes: bool = True) -> list[str]:
         hashes: also hash the contents, not only sizes.
 
     Raises:
-        PackError: no manifest, a path that leaves the pack, a link, a missing file, or other bytes than listed.
+        PackError: no manifest, a path that leaves the pack, a link, a missing file, other bytes than listed, or a file
+            in a subfolder that is not listed.
     """
     listed = read_json(folder / NAME).get("files")
     if not isinstance(listed, dict):
         raise PackError(f"{folder / NAME} lists no files; the pack was not written by FTW or is damaged")
-    for name, entry in listed.items():
-        path = safe_member(folder, name)
-        if not path.is_file():
-            raise PackError(f"pack {folder}: {name} is missing; fetch or train the pack again")
-        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
-            raise PackError(f"pack {folder}: {name} has {path.stat().st_size} bytes, not the listed size; fetch the pack again")
-        if hashes and sha256(path) != entry.get("sha256"):
-            raise PackError(f"pack {folder}: {name} is not the file that was packed (sha256 differs); fetch the pack again")
+    try:
+        for name, entry in listed.items():
+            _verify_file(folder, name, entry, hashes=hashes)
+        if unlisted := [name for name in _readable_names(folder) if name not in listed]:
+            raise PackError(f"pack {folder}: {unlisted[0]!r} is not in {NAME}; fetch the pack again")
+    except OSError as error:
+        raise PackError(f"pack {folder} cannot be read ({error}); fetch or train the pack again") from error
     return list(listed)
+
+
+def _readable_names(folder: Path) -> list[str]:
+    """Files that a reader of the pack may open; a README or a hidden file beside them is none of its business."""
+    names = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        ours = len(name.parts) > 1 or path.suffix in (".json", ".safetensors") or path.is_symlink()
+        if (
+            ours
+            and not name.parts[0].startswith(".")
+            and name.as_posix() != NAME
+            and (path.is_symlink() or not path.is_dir())
+        ):
+            names.append(name.as_posix())
+    return names
+
+
+def _verify_file(folder: Path, name: str, entry: object, *, hashes: bool) -> None:
+    path = safe_member(folder, name)
+    if not path.is_file():
+        raise PackError(f"pack {folder}: {name!r} is missing; fetch or train the pack again")
+    if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
+        raise PackError(
+            f"pack {folder}: {name!r} has {path.stat().st_size} bytes, not the listed size; fetch the pack again"
+        )
+    if hashes and sha256(path) != entry.get("sha256"):
+        raise PackError(
+            f"pack {folder}: {name!r} is not the file that was packed (sha256 differs); fetch the pack again"
+        )
 
 
 def safe_member(folder: Path, name: str) -> Path:
@@ -76,6 +106,8 @@ def read_json(path: Path) -> dict:
         PackError: no such file, too large, too deep, or not a JSON object.
     """
     try:
+        if path.exists() and (path.is_symlink() or not path.is_file()):
+            raise PackError(f"{path} is a link or no plain file; do not use this pack")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise PackError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
         value = json.loads(path.read_text(encoding="utf-8"))

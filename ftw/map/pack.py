@@ -6,19 +6,17 @@ trained on, by fingerprint, and reads on no other. Nothing in it is code.
 Axes: N lenses, L layers.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-import json
 
 import torch
 
 from ftw import paths
 from ftw.errors import FTWError, PackError
 from ftw.hat.bank import LensBank
-from ftw.hat.basis import Basis
 from ftw.hat.lens import HeadConfig
 from ftw.hat.store import LensStack, head_of, read_tensors, stack_from_tensors, write_tensors
 from ftw.hat.text import TextBank
@@ -47,7 +45,9 @@ class Recipe:
     dtype: str
     precision: str
     layers: list[int]
-    normalisation: str = "layer norm per token (float32, no parameters); features standardised by training rows, folded in"
+    normalisation: str = (
+        "layer norm per token (float32, no parameters); features standardised by training rows, folded in"
+    )
     pooling: str = "mean"
     max_tokens: int = 128
     family: str = "linear"
@@ -60,6 +60,28 @@ class Recipe:
     seed: int = 0
     num_texts: int = 0
     encyclopedia: str = ""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Recipe":
+        """A recipe from a file that may be hostile.
+
+        Raises:
+            PackError: a value of another type than the recipe's, or a size that cannot be.
+        """
+        types = {entry.name: entry.type for entry in fields(cls)}
+        for name, value in values.items():
+            expected = types.get(name, str)
+            fits = {
+                str: isinstance(value, str),
+                int: type(value) is int and 0 <= value < 2**31,
+                float: isinstance(value, int | float) and not isinstance(value, bool),
+            }.get(expected, isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value))
+            if not fits:
+                raise PackError(f"the recipe says {name}={value!r:.60}, which is no {expected}; fetch the pack again")
+        recipe = cls(**values)
+        if not recipe.layers or len(set(recipe.layers)) != len(recipe.layers) or recipe.width < 1:
+            raise PackError(f"the recipe reads layers {recipe.layers} of width {recipe.width}; fetch the pack again")
+        return recipe
 
 
 @dataclass(kw_only=True)
@@ -104,28 +126,32 @@ class LensPack:
         if recipe.fingerprint != substrate.fingerprint:
             width = f", width {recipe.width} against {substrate.width}" if recipe.width != substrate.width else ""
             raise PackError(
-                f"lens pack {self.pack_id!r} was trained on {recipe.substrate!r} (fingerprint {recipe.fingerprint[:12]}), "
-                f"not on {substrate.name!r} ({substrate.fingerprint[:12]}){width}; load that substrate, or train a pack for this one"
+                f"lens pack {self.pack_id!r} was trained on {recipe.substrate!r} (fingerprint "
+                f"{recipe.fingerprint[:12]}), not on {substrate.name!r} ({substrate.fingerprint[:12]}){width}; "
+                "load that substrate, or train a pack for this one"
             )
 
     def save(self, folder: Path | str) -> Path:
         """Write the pack, whole or not at all.
 
-            pack_info.json                      id, version, recipe, levels, provenance
-            hierarchy/                          the concept pack
-            basis.safetensors                   when the recipe has one
-            layer<level>/lenses.safetensors     stacked tensors of that level, axis 0 = row
-            layer<level>/results.json           row -> concept, with metrics
-            calibration.safetensors             rows in the order of the levels
-            text.safetensors, text.json         text lenses
-            MANIFEST.json                       size and sha256 of every file
+        pack_info.json                      id, version, recipe, levels, provenance
+        hierarchy/                          the concept pack
+        basis.safetensors                   when the recipe has one
+        layer<level>/lenses.safetensors     stacked tensors of that level, axis 0 = row
+        layer<level>/results.json           row -> concept, with metrics
+        calibration.safetensors             rows in the order of the levels
+        text.safetensors, text.json         text lenses
+        MANIFEST.json                       size and sha256 of every file
         """
         folder = Path(folder)
         by_level = self._rows_by_level()
         with paths.replace_folder(folder) as temporary:
             for level, names in by_level.items():
                 write_tensors(temporary / f"layer{level}" / "lenses.safetensors", self.stack.rows(names).lens_tensors())
-                results = [{"concept": name, "row": row, "metrics": self.metrics.get(name, {})} for row, name in enumerate(names)]
+                results = [
+                    {"concept": name, "row": row, "metrics": self.metrics.get(name, {})}
+                    for row, name in enumerate(names)
+                ]
                 _write_json(temporary / f"layer{level}" / "results.json", {"level": level, "results": results})
             ordered = [name for names in by_level.values() for name in names]
             write_tensors(temporary / "calibration.safetensors", self.stack.rows(ordered).calibration_tensors())
@@ -134,8 +160,9 @@ class LensPack:
             if self.concepts is not None:
                 self.concepts.save(temporary / "hierarchy")
             if self.text is not None:
-                write_tensors(temporary / "text.safetensors", self.text.tensors())
-                _write_json(temporary / "text.json", self.text.description())
+                text = self.text.subset(ordered)
+                write_tensors(temporary / "text.safetensors", text.tensors())
+                _write_json(temporary / "text.json", text.description())
             info = {
                 "schema": SCHEMA,
                 "pack_id": self.pack_id,
@@ -143,7 +170,11 @@ class LensPack:
                 "levels": {str(level): len(names) for level, names in by_level.items()},
                 "concept_pack": None
                 if self.concepts is None
-                else {"pack_id": self.concepts.pack_id, "version": self.concepts.version, "sha256": self.concepts.content_hash()},
+                else {
+                    "pack_id": self.concepts.pack_id,
+                    "version": self.concepts.version,
+                    "sha256": self.concepts.content_hash(),
+                },
                 "recipe": asdict(self.recipe),
                 "provenance": self.provenance,
             }
@@ -162,9 +193,12 @@ class LensPack:
         verify_manifest(folder)
         info = read_json(folder / "pack_info.json")
         if info.get("schema") != SCHEMA:
-            raise PackError(f"pack {folder} has schema {info.get('schema')!r}; this FTW reads {SCHEMA}; update FTW or train it again")
+            raise PackError(
+                f"pack {folder} has schema {info.get('schema')!r}; this FTW reads {SCHEMA}; "
+                "update FTW or train it again"
+            )
         try:
-            recipe = Recipe(**info["recipe"])
+            recipe = Recipe.from_json(info["recipe"])
             names_of = _read_results(folder, {int(level): int(num) for level, num in info["levels"].items()})
             stack = _read_stack(folder, recipe, names_of)
             pack = cls(
@@ -173,25 +207,42 @@ class LensPack:
                 stack=stack,
                 recipe=recipe,
                 levels={name: level for level, rows in names_of.items() for name in rows},
-                concepts=ConceptPack.load(folder / "hierarchy") if (folder / "hierarchy").is_dir() else None,
-                text=_read_text(folder),
+                concepts=_read_concepts(folder, info["concept_pack"]),
+                text=_read_text(folder, stack.names),
                 metrics={name: metrics for rows in names_of.values() for name, metrics in rows.items()},
                 provenance=dict(info["provenance"]),
             )
-        except FTWError:
+        except PackError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise PackError(f"pack {folder} contradicts its own index ({type(error).__name__}: {error}); fetch it again") from error
-        return pack if levels is None else pack.subset([name for name in pack.names if pack.levels[name] in set(levels)])
+        except FTWError as error:  # of the concept pack inside
+            raise PackError(f"pack {folder}: {error}") from error
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+            ArithmeticError,
+            OSError,
+            MemoryError,
+        ) as error:
+            raise PackError(
+                f"pack {folder} contradicts its own index ({type(error).__name__}: {error}); fetch it again"
+            ) from error
+        return (
+            pack if levels is None else pack.subset([name for name in pack.names if pack.levels[name] in set(levels)])
+        )
 
     def subset(self, names: Sequence[str]) -> "LensPack":
         """The pack of some of its lenses.
 
         Raises:
-            PackError: none is left.
+            PackError: none is left. ConceptError: a name that it does not read, with the nearest.
         """
         if not names:
-            raise PackError(f"pack {self.pack_id!r} has no such concepts; its levels are {sorted(set(self.levels.values()))}")
+            raise PackError(
+                f"pack {self.pack_id!r} has no such concepts; its levels are {sorted(set(self.levels.values()))}"
+            )
         return LensPack(
             pack_id=self.pack_id,
             version=self.version,
@@ -225,6 +276,8 @@ def _read_results(folder: Path, levels: Mapping[int, int]) -> dict[int, dict[str
         names = [str(row["concept"]) for row in results]
         if len(set(names)) != len(names) or len(names) != num:
             raise PackError(f"{path} lists {len(names)} rows ({len(set(names))} concepts); pack_info.json says {num}")
+        if [row["row"] for row in results] != list(range(num)):
+            raise PackError(f"{path}: rows are not 0 to {num - 1} in order; fetch or train the pack again")
         rows_of[level] = {name: dict(row.get("metrics", {})) for name, row in zip(names, results, strict=True)}
     return rows_of
 
@@ -236,30 +289,52 @@ def _read_stack(folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[str
     parts = []
     for level, rows in names_of.items():
         tensors = read_tensors(safe_member(folder, f"layer{level}/lenses.safetensors"))
-        if bad := [name for name, tensor in tensors.items() if tensor.ndim == 0 or len(tensor) != len(rows)]:
-            raise PackError(f"pack {folder}: layer{level} has {len(rows)} rows in its index, another number in {bad[0]!r}")
+        for name, tensor in tensors.items():
+            if tensor.ndim == 0 or len(tensor) != len(rows):
+                raise PackError(
+                    f"pack {folder}: layer{level} has {len(rows)} rows in its index, another number in {name!r}"
+                )
+            if not tensor.is_floating_point():
+                raise PackError(f"pack {folder}: tensor {name!r} of layer{level} is {tensor.dtype}; weights are floats")
         parts.append(tensors)
     lens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    basis = None
-    if recipe.basis_rank:
-        tensors = read_tensors(safe_member(folder, "basis.safetensors"))
-        basis = Basis(tensors["mean"], tensors["components"])
     return stack_from_tensors(
         names=names,
-        layers=tuple(int(layer) for layer in recipe.layers),
-        width=recipe.basis_rank or recipe.width,
+        layers=tuple(recipe.layers),
+        width=recipe.width,
         head=HeadConfig(family=recipe.family, hidden=recipe.hidden),
         lens=lens,
         calibration=read_tensors(safe_member(folder, "calibration.safetensors")),
-        basis=basis,
+        basis=read_tensors(safe_member(folder, "basis.safetensors")) if recipe.basis_rank else None,
+        basis_rank=recipe.basis_rank,
         where=str(folder),
     )
 
 
-def _read_text(folder: Path) -> TextBank | None:
+def _read_concepts(folder: Path, listed: Mapping[str, Any] | None) -> ConceptPack | None:
+    if listed is None:
+        return None
+    concepts = ConceptPack.load(folder / "hierarchy")
+    if concepts.content_hash() != listed["sha256"]:
+        raise PackError(
+            f"pack {folder}: its hierarchy is not the concept pack that pack_info.json names; fetch it again"
+        )
+    return concepts
+
+
+def _read_text(folder: Path, names: list[str]) -> TextBank | None:
     if not (folder / "text.json").is_file():
         return None
-    return TextBank.from_tensors(read_tensors(safe_member(folder, "text.safetensors")), read_json(folder / "text.json"))
+    tensors = read_tensors(safe_member(folder, "text.safetensors"))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() == (name in ("row_starts", "lenses")) or not torch.isfinite(tensor).all():
+            raise PackError(
+                f"pack {folder}: text tensor {name!r} is {tensor.dtype} or holds numbers that are not finite"
+            )
+    text = TextBank.from_tensors(tensors, read_json(folder / "text.json"))
+    if text.names != names:
+        raise PackError(f"pack {folder}: its text lenses are not those of its concepts; fetch the pack again")
+    return text
 
 
 def head_fields(stack: LensStack) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The sample table: which texts there are, and what each says about each concept.
 
-One pool of texts serves all concepts. A text is stored once; a sparse list of *marks* (text, concept, label, weight) says
-for which concepts it is a positive (1) or a negative (0) and how much it counts. A pair without a mark is not used.
-Everything downstream (encyclopedia, training, evaluation) reads this table and nothing else.
+One pool of texts serves all concepts. A text is stored once; a sparse list of *marks* (text, concept, label, weight)
+says for which concepts it is a positive (1) or a negative (0) and how much it counts. A pair without a mark is not
+used. Everything downstream (encyclopedia, training, evaluation) reads this table and nothing else.
 
 Axes: S texts, N concepts, E marks.
 """
@@ -26,7 +26,7 @@ class SampleTable:
         texts: S distinct texts.
         groups: S names of what a text was made from (synset, template, article). Splits and folds go by group.
         splits: S of "train", "test" or "background" (text of the kind to be monitored, for percentiles).
-        sources: S words for the make of a text ("definition", "example", "context", "generated", "neutral", "wikipedia", ...).
+        sources: S words for the make of a text ("definition", "example", "context", "generated", "neutral", ...).
         concepts: N concept names.
         rows, cols, labels, weights: E marks: text index, concept index, label 0 or 1, weight > 0.
         columns: further columns by name, S values each; kept, never read by training.
@@ -55,6 +55,21 @@ class SampleTable:
             raise DataError(f"unknown split {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         if len(set(self.concepts)) != len(self.concepts):
             raise DataError("sample table: a concept is listed twice")
+        for name, values in self.columns.items():
+            if len(values) != num_texts:
+                raise DataError(f"sample table: column {name!r} has {len(values)} values for {num_texts} texts")
+        self._check_marks()
+
+    def _check_marks(self) -> None:
+        for name, limit in (("rows", len(self.texts)), ("cols", len(self.concepts))):
+            places = np.asarray(getattr(self, name))
+            if len(places) and not (places.min() >= 0 and places.max() < limit):
+                raise DataError(f"sample table: {name} of marks must lie in 0-{limit - 1}")
+        if not np.isin(self.labels, (0, 1)).all():
+            raise DataError("sample table: a mark is labelled neither 0 nor 1")
+        weights = np.asarray(self.weights)
+        if not (np.isfinite(weights) & (weights >= 0)).all():
+            raise DataError("sample table: the weight of a mark is negative or not finite")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -151,7 +166,13 @@ class SampleTableBuilder:
         return self._index[key]
 
     def mark(self, row: int, concept: str, label: int, weight: float = 1.0) -> None:
-        """Say that text `row` is (1) or is not (0) about `concept`."""
+        """Say that text `row` is (1) or is not (0) about `concept`; the first weight stays.
+
+        Raises:
+            DataError: no such concept, or the text is marked the other way already.
+        """
+        if concept not in self._column:
+            raise DataError(f"no concept {concept!r} in this sample table, which has {len(self._concepts)}")
         key = (row, self._column[concept])
         known = self._marks.setdefault(key, (int(label), float(weight)))
         if known[0] != label:

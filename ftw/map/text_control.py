@@ -1,15 +1,18 @@
 """Fit the text lenses: the control that every activation lens has to beat, on the same texts and the same marks.
 
 One TF-IDF vectoriser is fitted on the whole training pool; each concept then gets a logistic regression on its own
-marked texts. What comes out is a `TextBank` of plain arrays, which needs no scikit-learn to be read.
+marked texts, and one more without each fold of groups, whose logits on that fold calibrate the first. Windows of
+background text give the percentiles. What comes out is a `TextBank` of plain arrays, which needs no scikit-learn to be
+read.
 
-Axes: S texts, N concepts, V grams, E coefficients that are not zero.
+Axes: S texts, N concepts, n concepts of one slice, V grams, E coefficients that are not zero, M marks of one concept.
 """
 
 import logging
 import warnings
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import joblib
@@ -21,12 +24,21 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from ftw.errors import ConfigError, DataError
-from ftw.hat.text import WORDS, TextBank
+from ftw.hat.text import LONGEST_GRAM, TextBank, grams
+from ftw.map.calibrate import background_quantiles, fit_platt
 from ftw.map.samples import SampleTable
+from ftw.map.training.data import group_folds
 
 log = logging.getLogger(__name__)
 
-MAX_STEPS = 1000
+MAX_STEPS, TOLERANCE = 1000, 1e-5
+# The solver's linear algebra starts threads of its own for vectors of 10,000 grams, which then fight with ours. A lens
+# whose texts have this many grams, repeats counted, may be one of those.
+WIDE = 20_000
+CELLS_AT_ONCE = 4_000_000  # logits calibrated together: a few matrices of 32 MB
+# A lens whose out-of-fold logits run against its labels has nothing to say: its probabilities are held at one half, but
+# its texts keep their order, so that as a control it is judged by what it learned.
+SMALLEST_SCALE = 1e-3
 
 
 @dataclass(kw_only=True)
@@ -34,40 +46,79 @@ class TextConfig:
     """How the text lenses are fitted.
 
     Attributes:
-        ngrams: longest run of words that is a feature. min_df: texts that a gram must stand in.
-        max_features: grams kept, the most frequent first; None keeps all.
+        ngrams: longest run of words that is a feature; 0 for none. chars: shortest and longest run of characters within
+            a word, for example [3, 5], which also know pieces of words; empty for none.
+        min_df: texts that a gram must stand in. max_features: grams kept, the most frequent first; None keeps all.
         sublinear_tf: a gram met c times counts 1 + ln c.
         c: inverse strength of the L2 penalty. class_weight: "balanced", or None for the weights of the marks alone.
+        folds: groups of texts left out in turn to calibrate probabilities, at a base rate of ½ as those of activation
+            lenses are; 0 leaves the logits raw. seed: of the folds.
+        window_words: words in a window of background text; 0 for no percentiles. num_windows: taken at most.
     """
 
     ngrams: int = 2
+    chars: list[int] = field(default_factory=list)
     c: float = 10.0
     min_df: int = 1
     sublinear_tf: bool = True
     class_weight: str | None = "balanced"
     max_features: int | None = None
+    folds: int = 4
+    seed: int = 0
+    window_words: int = 24
+    num_windows: int = 4096
 
     def __post_init__(self) -> None:
-        if self.ngrams < 1 or self.min_df < 1 or self.c <= 0:
-            raise ConfigError(f"text lenses: ngrams={self.ngrams} and min_df={self.min_df} must be ≥ 1, c={self.c} > 0")
+        if self.ngrams < 0 or self.min_df < 1 or self.c <= 0 or self.ngrams > LONGEST_GRAM:
+            raise ConfigError(
+                f"text lenses: ngrams={self.ngrams} must be 0 to {LONGEST_GRAM}, min_df={self.min_df} ≥ 1 and "
+                f"c={self.c} > 0"
+            )
+        if self.chars and not (len(self.chars) == 2 and 1 <= self.chars[0] <= self.chars[1] <= LONGEST_GRAM):
+            raise ConfigError(f"text lenses: chars={self.chars}; give the shortest and the longest run, as in [3, 5]")
+        if not self.ngrams and not self.chars:
+            raise ConfigError("text lenses: ngrams=0 and no chars leave no features; set one of them")
         if self.class_weight not in (None, "balanced"):
             raise ConfigError(f"text lenses: class_weight={self.class_weight!r}; choose balanced or null")
+        if self.folds == 1 or self.folds < 0:
+            raise ConfigError(f"text lenses: folds={self.folds}; choose 2 or more, or 0 for uncalibrated logits")
+        if self.window_words < 0 or self.num_windows < 1:
+            raise ConfigError(
+                f"text lenses: window_words={self.window_words} must be ≥ 0 and num_windows={self.num_windows} ≥ 1"
+            )
+
+    @property
+    def char_range(self) -> tuple[int, int] | None:
+        """Shortest and longest run of characters, or None."""
+        return (self.chars[0], self.chars[1]) if self.chars else None
 
 
 class _Fit(NamedTuple):
+    """One lens: its coefficients, and out-of-fold logits of its own marks (NaN where no fold could give one)."""
+
     grams: np.ndarray
     coefficients: np.ndarray
     bias: float
     converged: bool
+    held_out_M: np.ndarray
+
+
+class _Marks(NamedTuple):
+    """The texts of one lens: places in the pool, labels, weights, folds."""
+
+    rows: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    folds: np.ndarray
 
 
 def fit_text_bank(
     table: SampleTable, config: TextConfig | None = None, *, rows: np.ndarray | None = None, progress: bool = True
 ) -> TextBank:
-    """Text lenses of all concepts of a table.
+    """Text lenses of all concepts of a table, calibrated out of fold, with quantiles on background text.
 
     A concept whose marked texts have one class gets a lens that says 0 (no opinion) on every text; a warning is logged
-    with its name. Fits run in threads: the solver leaves Python while it works.
+    with its name. The same table and config give the same bank.
 
     Args:
         rows: indices of the texts to learn from; None takes the split "train". Folds leave texts out with it.
@@ -78,30 +129,69 @@ def fit_text_bank(
     config = config or TextConfig()
     rows = table.where("train") if rows is None else np.unique(rows)
     vectoriser, features_SV = _features(table, rows, config)
+    marks = _marks(table, rows, config)
+    fits = _fit_all(features_SV, marks, config, progress)
+    _report(table.concepts, fits, config)
+    bank = _bank(table.concepts, fits, vectoriser, config)
+    if config.folds:
+        bank = _calibrated(bank, fits, marks)
+    return _with_background(bank, table, rows, config)
+
+
+def window_texts(texts: Sequence[str], *, words: int, limit: int) -> list[str]:
+    """Windows of at most `words` words over texts, one ending at each word; `limit` of them, evenly spaced.
+
+    Like the windows read live they are short where a text begins.
+    """
+    split = [text.split() for text in texts]
+    edges = np.cumsum([0, *(len(parts) for parts in split)])
+    ends = np.unique(np.linspace(0, edges[-1] - 1, min(limit, int(edges[-1]))).round().astype(np.int64))
+    numbers = np.searchsorted(edges, ends, side="right") - 1
+    return [
+        " ".join(split[number][max(0, end + 1 - words) : end + 1])
+        for number, end in zip(numbers.tolist(), (ends - edges[numbers]).tolist(), strict=True)
+    ]
+
+
+def with_percentiles(bank: TextBank, windows: Sequence[str]) -> TextBank:
+    """The bank with quantiles of its logits on windows of background text, cut as they are cut where it is used.
+
+    Raises:
+        DataError: there are no windows.
+    """
+    quantiles_NQ, levels_Q = background_quantiles(bank.score(windows).numpy())
+    return replace(bank, quantiles_NQ=quantiles_NQ, levels_Q=levels_Q.astype(np.float32))
+
+
+def _with_background(bank: TextBank, table: SampleTable, rows: np.ndarray, config: TextConfig) -> TextBank:
+    """Percentiles from the split "background"; without one from the training texts, as for activation lenses."""
+    background = table.where("background")
+    texts = [table.texts[row] for row in (background if len(background) else rows)]
+    windows = window_texts(texts, words=config.window_words, limit=config.num_windows) if config.window_words else []
+    return with_percentiles(bank, windows) if windows else bank
+
+
+def _marks(table: SampleTable, rows: np.ndarray, config: TextConfig) -> list[_Marks]:
+    """The marks of each concept on the texts of the pool."""
     place = np.full(len(table), -1, dtype=np.int64)
     place[rows] = np.arange(len(rows))
+    # The same folds as those of activation lenses with this seed and number.
+    folds = group_folds([table.groups[row] for row in rows], config.folds, config.seed)
     kept = np.flatnonzero(place[table.rows] >= 0)
     kept = kept[np.argsort(table.cols[kept], kind="stable")]
     edges = np.searchsorted(table.cols[kept], np.arange(len(table.concepts) + 1))
     marks = [kept[start:stop] for start, stop in pairwise(edges)]
-    jobs = (
-        joblib.delayed(_fit)(features_SV, place[table.rows[mark]], table.labels[mark], table.weights[mark], config)
-        for mark in marks
-    )
-    with warnings.catch_warnings():
-        # Told once for all lenses, by name, instead of once a lens.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        running = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")(jobs)
-        fits: list[_Fit | None] = list(track(running, "text lenses", total=len(marks), disable=not progress))
-    _report(table.concepts, fits, config)
-    return _bank(table.concepts, fits, vectoriser, config)
+    places = [place[table.rows[mark]] for mark in marks]
+    return [
+        _Marks(at, table.labels[mark], table.weights[mark], folds[at]) for at, mark in zip(places, marks, strict=True)
+    ]
 
 
 def _features(table: SampleTable, rows: np.ndarray, config: TextConfig) -> tuple[TfidfVectorizer, sparse.csr_matrix]:
     """The vectoriser of the pool and the texts as it sees them."""
     vectoriser = TfidfVectorizer(
-        ngram_range=(1, config.ngrams),
-        token_pattern=WORDS.pattern,
+        # The function that cuts texts at run time cuts them here (the type stubs know names of analyzers alone).
+        analyzer=lambda text: grams(text, config.ngrams, config.char_range),  # pyright: ignore[reportArgumentType]
         min_df=config.min_df,
         max_features=config.max_features,
         sublinear_tf=config.sublinear_tf,
@@ -117,25 +207,95 @@ def _features(table: SampleTable, rows: np.ndarray, config: TextConfig) -> tuple
         ) from error
 
 
-def _fit(
-    features_SV: sparse.csr_matrix, rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, config: TextConfig
-) -> _Fit | None:
+def _fit_all(
+    features_SV: sparse.csr_matrix, marks: list[_Marks], config: TextConfig, progress: bool
+) -> list[_Fit | None]:
+    """All lenses: those of few grams side by side in threads, then the others one by one."""
+    size_S = np.diff(features_SV.indptr)
+    wide = {lens for lens, part in enumerate(marks) if size_S[part.rows].sum() > WIDE}
+    narrow = [lens for lens in range(len(marks)) if lens not in wide]
+    fits: dict[int, _Fit | None] = {}
+    with warnings.catch_warnings():
+        # Told once for all lenses, by name, instead of once a lens.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        jobs = (joblib.delayed(_fit)(features_SV, marks[lens], config) for lens in narrow)
+        running = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")(jobs)
+        solved = chain(zip(narrow, running, strict=True), ((n, _fit(features_SV, marks[n], config)) for n in wide))
+        for lens, fit in track(solved, "text lenses", total=len(marks), disable=not progress):
+            fits[lens] = fit
+    return [fits[lens] for lens in range(len(marks))]
+
+
+def _fit(features_SV: sparse.csr_matrix, marks: _Marks, config: TextConfig) -> _Fit | None:
     """One lens on its own texts, or None where they have one class."""
-    if len(np.unique(labels)) < 2:
+    if len(np.unique(marks.labels)) < 2:
         return None
-    features_sV = features_SV[rows]
+    features_MV = features_SV[marks.rows]
     # Only the grams that occur: the solver's work vectors are as long as the features are wide.
-    occurring, columns = np.unique(features_sV.indices, return_inverse=True)
-    features_sv = sparse.csr_matrix((features_sV.data, columns, features_sV.indptr), (len(rows), len(occurring)))
-    # The dual coordinate descent of liblinear: with more grams than texts it is the fastest by far, and it calls no
-    # BLAS, whose own threads slow parallel fits down by a factor of twenty.
+    occurring, columns = np.unique(features_MV.indices, return_inverse=True)
+    features_Mv = sparse.csr_matrix((features_MV.data, columns, features_MV.indptr), (len(marks.rows), len(occurring)))
+    held_out_M = np.full(len(marks.rows), np.nan)
+    for fold in range(config.folds):
+        out_M = marks.folds == fold
+        if out_M.any() and len(np.unique(marks.labels[~out_M])) == 2:
+            model = _solve(features_Mv[~out_M], marks.labels[~out_M], marks.weights[~out_M], config)
+            held_out_M[out_M] = model.decision_function(features_Mv[out_M])
+    model = _solve(features_Mv, marks.labels, marks.weights, config)
+    converged = int(np.max(model.n_iter_)) < MAX_STEPS
+    return _Fit(occurring, np.ravel(model.coef_), float(np.ravel(model.intercept_)[0]), converged, held_out_M)
+
+
+def _solve(
+    features_Mv: sparse.csr_matrix, labels_M: np.ndarray, weights_M: np.ndarray, config: TextConfig
+) -> LogisticRegression:
+    # Newton steps in the primal: nothing is drawn at random. The dual solver of liblinear draws from one generator for
+    # the whole process, so that lenses fitted in threads would not come out the same twice.
     model = LogisticRegression(
-        C=config.c, class_weight=config.class_weight, solver="liblinear", dual=True, max_iter=MAX_STEPS, random_state=0
+        C=config.c, class_weight=config.class_weight, solver="liblinear", tol=TOLERANCE, max_iter=MAX_STEPS
     )
-    model.fit(features_sv, labels, sample_weight=weights)
-    return _Fit(
-        occurring, np.ravel(model.coef_), float(np.ravel(model.intercept_)[0]), int(np.max(model.n_iter_)) < MAX_STEPS
-    )
+    return model.fit(features_Mv, labels_M, sample_weight=weights_M)
+
+
+def _calibrated(bank: TextBank, fits: list[_Fit | None], marks: list[_Marks]) -> TextBank:
+    """The bank with Platt's calibration of its out-of-fold logits; a lens without them keeps its raw logits."""
+    scale_N, offset_N, fitted_N = np.ones(len(bank)), np.zeros(len(bank)), np.zeros(len(bank), dtype=bool)
+    for lenses, logits_Mn, labels_Mn, weights_Mn in _held_out(fits, marks):
+        try:
+            platt = fit_platt(logits_Mn, labels_Mn, weights_Mn, prior=0.5)
+        except DataError:
+            continue  # none of this slice can be calibrated; all that cannot are named below
+        backwards_n = platt.fitted_N & (platt.scale_N < SMALLEST_SCALE)
+        scale_N[lenses] = np.where(backwards_n, SMALLEST_SCALE, platt.scale_N)
+        offset_N[lenses] = np.where(backwards_n, 0.0, platt.offset_N)
+        fitted_N[lenses] = platt.fitted_N
+    raw = [name for name, fit, fitted in zip(bank.names, fits, fitted_N, strict=True) if fit and not fitted]
+    if raw:
+        words = "text lenses: %d are not calibrated, for want of groups with positives and negatives: %s"
+        log.warning(words, len(raw), ", ".join(raw[:20]))
+    return bank.calibrated(scale_N, offset_N) if fitted_N.any() else bank
+
+
+def _held_out(
+    fits: list[_Fit | None], marks: list[_Marks]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Slices of lenses with their out-of-fold logits, labels and weights, one column a lens, padded with weight 0.
+
+    Lenses with about as many marks come together, so that one with very many does not stretch the columns of all.
+    """
+    usable = [lens for lens, fit in enumerate(fits) if fit and np.isfinite(fit.held_out_M).any()]
+    order, start = sorted(usable, key=lambda lens: -len(marks[lens].rows)), 0
+    while start < len(order):
+        height = len(marks[order[start]].rows)
+        lenses = np.array(order[start : start + max(1, CELLS_AT_ONCE // height)])
+        logits_Mn, labels_Mn, weights_Mn = (np.zeros((height, len(lenses))) for _ in range(3))
+        for column, lens in enumerate(lenses):
+            fit, part = fits[lens], marks[lens]
+            assert fit is not None
+            known_M, size = np.isfinite(fit.held_out_M), len(part.rows)
+            logits_Mn[:size, column] = np.where(known_M, fit.held_out_M, 0)
+            labels_Mn[:size, column], weights_Mn[:size, column] = part.labels, np.where(known_M, part.weights, 0)
+        yield lenses, logits_Mn, labels_Mn, weights_Mn
+        start += len(lenses)
 
 
 def _report(concepts: list[str], fits: list[_Fit | None], config: TextConfig) -> None:
@@ -173,5 +333,6 @@ def _bank(concepts: list[str], fits: list[_Fit | None], vectoriser: TfidfVectori
         bias=np.array([fit.bias if fit else 0.0 for fit in fits], dtype=np.float32),
         idf=idf_V.astype(np.float32),
         ngrams=config.ngrams,
+        chars=config.char_range,
         sublinear_tf=config.sublinear_tf,
     )

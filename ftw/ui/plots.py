@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from ftw.cat.divergence import ALIGNED, Dissonance
 from ftw.errors import DataError
 from ftw.hat.picture import Picture
 from ftw.hat.timeline import FLOOR, SURPRISE_LIMIT, Timeline, plain
@@ -27,6 +28,7 @@ from ftw.ui.figures import Evaluated
 INK, FAINT, ACCENT, CONTROL = "#111213", "#8b8f94", "#2f6fb5", "#c2571a"
 # From nothing to ink in even steps of lightness, readable in grey and for every kind of colour vision.
 SURPRISE_MAP = LinearSegmentedColormap.from_list("surprise", ["#f3f5f8", "#b9d3ea", "#4f93cb", "#0b3768"])
+WRITTEN_MAP = LinearSegmentedColormap.from_list("written", ["#f7f4f2", "#f0c8ae", "#d9814d", "#6e2c08"])
 TICKS = {0: "0 %", 1: "90 %", 2: "99 %", 3: "99.9 %"}
 # matplotlib's own style element would reach the whole page; it matters only for thick lines.
 SVG_STYLE = '<style type="text/css">*{stroke-linejoin: round; stroke-linecap: butt}</style>'
@@ -142,6 +144,92 @@ def moving_mean(values_T: np.ndarray, width: int) -> np.ndarray:
     total_T = np.convolve(np.where(there_T, values_T, 0.0), kernel, mode="same")
     num_T = np.convolve(there_T.astype(float), kernel, mode="same")
     return np.where(num_T > 0.5, total_T / np.maximum(num_T, 1.0), np.nan)
+
+
+def dissonance_heatmap(dissonance: Dissonance, top: int = 8, *, columns: int = 60) -> Figure:
+    """The concepts that differ most, two rows each over the counted tokens: what the model thinks, what it writes.
+
+    Percentiles are drawn by their nines, as in `timeline_heatmap`; probabilities and surprise as they are.
+
+    Args:
+        columns: tokens a panel; longer texts go on in the next one.
+    """
+    rows, positions = dissonance.leading(top), np.flatnonzero(dissonance.counted)
+    if not len(rows):
+        raise DataError("no concept has an activation and a text reading; there is no dissonance to draw")
+    panels = [positions[start : start + columns] for start in range(0, len(positions), columns)]
+    nines = dissonance.by == "percentile"
+    with rc_context(STYLE):
+        height = 0.3 * len(rows) + 0.75
+        figure = Picture(figsize=(2.9 + 0.16 * columns, height * len(panels) + 0.3), layout="constrained")
+        axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+        meshes = [_pairs(panel, dissonance, rows, part, columns) for panel, part in zip(axes, panels, strict=True)]
+        for mesh, label in zip(meshes[0], ("thinks", "writes"), strict=True):
+            bar = figure.colorbar(mesh, ax=list(axes), fraction=0.015, pad=0.01, aspect=30, shrink=0.6)
+            if nines:
+                bar.set_ticks(list(TICKS), labels=list(TICKS.values()))
+            bar.set_label(f"{label}, {dissonance.by}")
+            bar.outline.set_visible(False)
+    return figure
+
+
+def _pairs(axes: Axes, dissonance: Dissonance, rows: np.ndarray, positions: np.ndarray, columns: int) -> list[Any]:
+    """Rows of thinking and writing in turns, a gap after each pair."""
+    meshes = []
+    shades = ((dissonance.activation_TN, SURPRISE_MAP, 0.0), (dissonance.text_TN, WRITTEN_MAP, 1.0))
+    nines = dissonance.by == "percentile"
+    for values_TN, shade, offset in shades:
+        shown_NT = values_TN[np.ix_(positions, rows)].T
+        if nines:
+            shown_NT = -np.log10(np.maximum(1.0 - shown_NT, 10.0**-SURPRISE_LIMIT))
+        # Every third row of a mesh that starts at `offset`; the rows between are left out.
+        spaced = np.full((3 * len(rows) - 2, len(positions)), np.nan)
+        spaced[::3] = shown_NT
+        edges = (np.arange(len(positions) + 1), offset + np.arange(3 * len(rows) - 1))
+        limit = SURPRISE_LIMIT if nines else 1.0
+        meshes.append(
+            axes.pcolormesh(*edges, np.ma.masked_invalid(spaced), cmap=shade, vmin=0, vmax=limit, edgecolors="none")
+        )
+    axes.set(xlim=(0, columns), ylim=(3 * len(rows) - 0.7, -0.2))
+    axes.set_yticks(3 * np.arange(len(rows)) + 1, [plain(dissonance.concepts[n]) for n in rows])
+    tokens = [plain(dissonance.tokens[t])[:14] for t in positions]
+    axes.set_xticks(np.arange(len(positions)) + 0.5, tokens, rotation=90, fontsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return meshes
+
+
+def dissonance_scatter(dissonance: Dissonance, label: int = 8) -> Figure:
+    """A point a concept: mean activation reading across, mean text reading up, over the counted tokens.
+
+    Args:
+        label: concepts named on each side, those that are furthest from the diagonal and outside of its grey band.
+    """
+    num = len(dissonance.concepts)
+    thinks, writes = dissonance.thinks_not_writes(num), dissonance.writes_not_thinks(num)
+    if not len(dissonance.leading(1)):
+        raise DataError("no concept has an activation and a text reading; there is no dissonance to draw")
+    with rc_context(STYLE):
+        figure = Picture(figsize=(5.4, 5.4), layout="constrained")
+        axes = figure.subplots()
+        axes.fill_between([0, 1], [-ALIGNED, 1 - ALIGNED], [ALIGNED, 1 + ALIGNED], color=FAINT, alpha=0.12, linewidth=0)
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8)
+        for gaps, colour, side in ((thinks, ACCENT, "left"), (writes, CONTROL, "right")):
+            places = [gap.activation for gap in gaps], [gap.text for gap in gaps]
+            axes.plot(*places, "o", color=colour, markersize=3.6, alpha=0.6, markeredgewidth=0)
+            for gap in (gap for gap in gaps[:label] if abs(gap.signed) > ALIGNED):
+                shift = (5, -2) if side == "left" else (-5, -2)
+                axes.annotate(
+                    plain(gap.concept),
+                    (gap.activation, gap.text),
+                    shift,
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    ha=side,
+                )
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.set(xlabel=f"thinks (mean activation {dissonance.by})", ylabel=f"writes (mean text {dissonance.by})")
+    return figure
 
 
 def evaluation_dots(evaluation: Evaluated) -> Figure:

@@ -318,7 +318,7 @@ ZYGOTE = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
-from conftest import byte_tokenizer, tiny_llama
+from toy_model import byte_tokenizer, tiny_llama
 from map.test_collect import build_table, small_config
 import ftw.map.collect as module
 from ftw.substrate.model import Substrate

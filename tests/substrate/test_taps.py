@@ -81,6 +81,8 @@ def test_stop_ends_the_forward_after_the_deepest_block(tiny_substrate: Substrate
 
 
 def test_nested_taps_swallow_only_their_own_ending(tiny_substrate: Substrate) -> None:
+    # transformers leaves hooks of its own on a model that was once asked for all its hidden states.
+    before = num_hooks(tiny_substrate)
     order = []
     with (
         torch.inference_mode(),
@@ -89,7 +91,7 @@ def test_nested_taps_swallow_only_their_own_ending(tiny_substrate: Substrate) ->
     ):
         tiny_substrate.model(torch.tensor([[0, 9]]))
     assert order == ["inner", "outer"]
-    assert num_hooks(tiny_substrate) == 0
+    assert num_hooks(tiny_substrate) == before
 
 
 def test_a_tap_that_never_fired_is_an_error(tiny_substrate: Substrate) -> None:
@@ -100,6 +102,8 @@ def test_a_tap_that_never_fired_is_an_error(tiny_substrate: Substrate) -> None:
 
 
 def test_hooks_are_gone_after_an_exception_and_the_exception_stays(tiny_substrate: Substrate) -> None:
+    # transformers leaves hooks of its own on a model that was once asked for all its hidden states.
+    before = num_hooks(tiny_substrate)
     def fail(layer: int, states_BTD: Tensor) -> None:
         raise ZeroDivisionError
 
@@ -112,7 +116,7 @@ def test_hooks_are_gone_after_an_exception_and_the_exception_stays(tiny_substrat
         Tap(tiny_substrate, [1], lambda _, states_BTD: states_BTD[:, :1]),
     ):
         tiny_substrate.model(torch.tensor([[0, 9]]))
-    assert num_hooks(tiny_substrate) == 0
+    assert num_hooks(tiny_substrate) == before
 
 
 def test_a_tap_fires_at_every_step_of_a_generation(tiny_substrate: Substrate) -> None:

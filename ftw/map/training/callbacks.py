@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -61,7 +62,8 @@ class LensBankCallback(pl.Callback):
         due = self._watch_prompt and self._substrate and (trainer.current_epoch + 1) % self._watch_every == 0
         if not due or trainer.sanity_checking:
             return
-        assert self._watch_prompt is not None and self._substrate is not None  # both are part of `due`
+        assert self._watch_prompt is not None  # both are part of `due`
+        assert self._substrate is not None
         timeline = Monitor(self._substrate, current_bank(_task(pl_module), _pool(trainer))).read(self._watch_prompt)
         log_timeline(trainer.loggers, f"watch/epoch_{trainer.current_epoch + 1}", timeline)
 
@@ -81,7 +83,12 @@ def current_bank(task: LensTask, pool: Pool) -> LensBank:
     heads = pool.fold([head.rows(rows) for head in task.heads])  # pyright: ignore[reportCallIssue] (a ModuleList of heads)
     scale_LN = torch.full((num_layers, task.num_lenses), 1 / num_layers)
     return build_bank(
-        names=pool.names, layers=pool.layers, heads=heads, scale_LN=scale_LN, offset_N=torch.zeros(task.num_lenses), basis=pool.basis
+        names=pool.names,
+        layers=pool.layers,
+        heads=heads,
+        scale_LN=scale_LN,
+        offset_N=torch.zeros(task.num_lenses),
+        basis=pool.basis,
     )
 
 
@@ -91,7 +98,14 @@ def log_evaluation(loggers: list[Logger], evaluation: Evaluation) -> None:
     for logger in loggers:
         logger.log_metrics(means)
         if isinstance(logger, WandbLogger):
-            columns = sorted({key for figures in evaluation.concepts.values() for key, value in figures.items() if not isinstance(value, list)})
+            columns = sorted(
+                {
+                    key
+                    for figures in evaluation.concepts.values()
+                    for key, value in figures.items()
+                    if not isinstance(value, list)
+                }
+            )
             rows = [[name, *(figures.get(key) for key in columns)] for name, figures in evaluation.concepts.items()]
             logger.log_table("test/concepts", columns=["concept", *columns], data=rows)
 
@@ -99,15 +113,19 @@ def log_evaluation(loggers: list[Logger], evaluation: Evaluation) -> None:
 def log_timeline(loggers: list[Logger], name: str, timeline: Timeline) -> None:
     """The heat map of a timeline, to loggers that take pictures."""
     for logger in loggers:
+        if not isinstance(logger, WandbLogger | TensorBoardLogger):
+            continue
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        figure = timeline.plot()
+        canvas = FigureCanvasAgg(figure)
         if isinstance(logger, WandbLogger):
             import wandb
 
-            logger.experiment.log({name: wandb.Image(timeline.plot())})
-        elif isinstance(logger, TensorBoardLogger):
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-            figure = timeline.plot()
-            FigureCanvasAgg(figure)
+            # wandb knows a figure by its class being matplotlib's own; ours is a child of it.
+            canvas.draw()
+            logger.experiment.log({name: wandb.Image(np.asarray(canvas.buffer_rgba()))})
+        else:
             logger.experiment.add_figure(name, figure)
 
 
@@ -117,7 +135,9 @@ def log_pack(loggers: list[Logger], folder: Path, pack: LensPack) -> None:
         if isinstance(logger, WandbLogger):
             import wandb
 
-            artifact = wandb.Artifact(pack.pack_id, type="lens-pack", metadata={"version": pack.version, "lenses": len(pack.names)})
+            artifact = wandb.Artifact(
+                pack.pack_id, type="lens-pack", metadata={"version": pack.version, "lenses": len(pack.names)}
+            )
             artifact.add_dir(str(folder))
             logger.experiment.log_artifact(artifact)
 

@@ -1,7 +1,7 @@
 """The pool that all lenses train on: pooled states of an encyclopedia with their marks and folds.
 
-States are standardised by the training rows (per layer and feature), or projected onto the shared basis and standardised
-there; `Pool.fold` puts both back into the heads, so that a bank reads plain layer-normed states.
+States are standardised by the training rows (per layer and feature), or projected onto the shared basis and
+standardised there; `Pool.fold` puts both back into the heads, so that a bank reads plain layer-normed states.
 
 Axes: S training texts, N lenses, L layers, D model width, W input width (D or the basis rank), T tokens.
 """
@@ -66,7 +66,9 @@ def build_pool(encyclopedia: Encyclopedia, config: TrainingConfig, *, seed: int)
     )
     if not torch.isfinite(x_SLD).all():
         bad = int((~torch.isfinite(x_SLD)).flatten(1).any(1).nonzero()[0])
-        raise DataError(f"states of text {table.texts[rows[bad]][:60]!r} are not finite; collect again with precision=float32")
+        raise DataError(
+            f"states of text {table.texts[rows[bad]][:60]!r} are not finite; collect again with precision=float32"
+        )
     basis = _shared_basis(encyclopedia, config, x_SLD) if config.basis_rank else None
     x_SLW = x_SLD if basis is None else basis(x_SLD)
     center_LW, scale_LW = x_SLW.mean(0), x_SLW.std(0).clamp_min(1e-4)
@@ -84,15 +86,19 @@ def build_pool(encyclopedia: Encyclopedia, config: TrainingConfig, *, seed: int)
 
 
 def group_folds(groups: list[str], num_folds: int, seed: int) -> np.ndarray:
-    """Fold of each text by a hash of its group: texts of a group never part, and adding texts moves no other."""
+    """Fold of each text: groups are dealt out in the order of a hash, so that their texts never part.
+
+    Dealing keeps the folds even; a hash alone would put all groups of a small set into one fold every now and then,
+    and leave its copy nothing to train on.
+    """
     if num_folds < 2:
         return np.zeros(len(groups), dtype=np.int64)
 
-    def fold(group: str) -> int:
-        return int.from_bytes(hashlib.blake2b(f"{seed}:{group}".encode(), digest_size=8).digest()) % num_folds
+    def draw(group: str) -> bytes:
+        return hashlib.blake2b(f"{seed}:{group}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
-    known = {group: fold(group) for group in set(groups)}
-    return np.array([known[group] for group in groups], dtype=np.int64)
+    dealt = {group: place % num_folds for place, group in enumerate(sorted(set(groups), key=lambda g: (draw(g), g)))}
+    return np.array([dealt[group] for group in groups], dtype=np.int64)
 
 
 class EncyclopediaDataModule(pl.LightningDataModule):
@@ -124,12 +130,14 @@ class EncyclopediaDataModule(pl.LightningDataModule):
 
     def _loader(self, *, shuffle: bool) -> DataLoader:
         # Batches are sliced from tensors in memory; workers would only copy them.
-        batches = _EpochBatches(len(self.pool.states_SLW), self._config.batch_texts, seed=self._seed if shuffle else None)
+        batches = _EpochBatches(
+            len(self.pool.states_SLW), self._config.batch_texts, seed=self._seed if shuffle else None
+        )
         return DataLoader(_PoolRows(self.pool), sampler=batches, batch_size=None, num_workers=0)
 
 
 class _EpochBatches(Sampler[list[int]]):
-    """Lists of rows whose order depends on seed and epoch alone, so that a resumed run sees what an unbroken one saw."""
+    """Lists of rows whose order depends on seed and epoch alone: a resumed run sees what an unbroken one saw."""
 
     def __init__(self, num_rows: int, batch: int, *, seed: int | None) -> None:
         self._num_rows, self._batch, self._seed, self._epoch = num_rows, batch, seed, 0
@@ -170,7 +178,9 @@ def _shared_basis(encyclopedia: Encyclopedia, config: TrainingConfig, x_SLD: Ten
     """Principal components of background tokens where the encyclopedia keeps some, else of the pooled states."""
     rows = encyclopedia.table.where("background")
     if len(rows) and encyclopedia.spec.tokens_per_text.get("background", 0):
-        tokens = [torch.from_numpy(encyclopedia.token_states(layer, rows)[0]).float() for layer in encyclopedia.spec.layers]
+        tokens = [
+            torch.from_numpy(encyclopedia.token_states(layer, rows)[0]).float() for layer in encyclopedia.spec.layers
+        ]
         return fit_basis(torch.stack(tokens, dim=1), config.basis_rank)
     return fit_basis(x_SLD, config.basis_rank)
 
@@ -183,5 +193,6 @@ def _refuse_one_class(names: list[str], labels_SN: Tensor, weights_SN: Tensor) -
     if poor:
         shown = ", ".join(f"{names[n]!r} ({positive_N[n]} positive, {negative_N[n]} negative)" for n in poor[:5])
         raise DataError(
-            f"{len(poor)} of {len(names)} concepts have training rows of one class only: {shown}; add the other class or leave them out"
+            f"{len(poor)} of {len(names)} concepts have training rows of one class only: {shown}; "
+            "add the other class or leave them out"
         )

@@ -4,14 +4,17 @@
 2. Platt's calibration maps each layer's logit to a probability; the calibrated layers are averaged and calibrated once
    more, because an average of calibrated logits is too timid.
 3. Background tokens give the percentiles; out-of-fold rows give the thresholds.
-4. The same task, on labels shuffled within each concept, gives the control that a lens must beat; a text lens on the same
-   rows gives the other.
+4. The same task, on labels shuffled within each concept, gives the control that a lens must beat; a text lens on the
+   same rows gives the other.
 5. All are evaluated on rows of split "test", which nothing above has seen.
 
 Axes: S texts, N lenses, L layers, W input width, T tokens, P permutations.
 """
 
-from collections.abc import Callable
+import contextlib
+import signal
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -35,7 +38,9 @@ CHUNK_TOKENS = 8192
 def build_task(pool: Pool, head: HeadConfig, training: TrainingConfig, *, seed: int) -> LensTask:
     """The task that fits the lenses of a pool."""
     if training.folds == 1 or training.folds < 0:
-        raise DataError(f"map.training.folds={training.folds}: choose 2 or more, or 0 to calibrate on the training rows")
+        raise DataError(
+            f"map.training.folds={training.folds}: choose 2 or more, or 0 to calibrate on the training rows"
+        )
     return LensTask(
         num_lenses=len(pool.names),
         num_layers=len(pool.layers),
@@ -46,6 +51,28 @@ def build_task(pool: Pool, head: HeadConfig, training: TrainingConfig, *, seed: 
         num_rows=len(pool.states_SLW),
         seed=seed,
     )
+
+
+@contextlib.contextmanager
+def fitting() -> Iterator[None]:
+    """Around Lightning's `fit`: without warnings that tell an FTW user nothing, and Ctrl-C stays KeyboardInterrupt."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with warnings.catch_warnings():
+            # Batches come from memory: loader workers, which Lightning advises, would only slow them.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 with torch 2.13
+            # A run that goes on has a folder of its own, and the callbacks that its configuration names.
+            warnings.filterwarnings(
+                "ignore", message=".*dirpath has changed.*|.*callbacks used to create the checkpoint.*"
+            )
+            yield
+    except SystemExit as stopped:
+        if not isinstance(stopped.__context__, KeyboardInterrupt):
+            raise
+        # Lightning makes a SystemExit of it, and leaves the process deaf to the next one.
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from stopped
 
 
 def calibrated_stack(task: LensTask, pool: Pool, encyclopedia: Encyclopedia) -> LensStack:
@@ -65,7 +92,9 @@ def calibrated_stack(task: LensTask, pool: Pool, encyclopedia: Encyclopedia) -> 
         scale_NL=_tensor(np.stack([last.scale_N * fit.scale_N for fit in layers], axis=1)),
         offset_NL=_tensor(np.stack([last.scale_N * fit.offset_N + last.offset_N for fit in layers], axis=1)),
         threshold_N=_tensor(np.nan_to_num(threshold_N)),
-        threshold_1fpr_N=_tensor(np.nan_to_num(fpr_threshold(logits_SN, labels_SN, weights_SN), nan=np.inf)).clamp_max(1e30),
+        threshold_1fpr_N=_tensor(np.nan_to_num(fpr_threshold(logits_SN, labels_SN, weights_SN), nan=np.inf)).clamp_max(
+            1e30
+        ),
         basis=pool.basis,
     )
     return with_percentiles(stack, encyclopedia)
@@ -77,21 +106,31 @@ def with_percentiles(stack: LensStack, encyclopedia: Encyclopedia) -> LensStack:
     Without a background split the tokens kept of training texts serve; without any tokens the stack stays as it is.
     """
     kept = encyclopedia.spec.tokens_per_text
-    split = next((name for name in ("background", "train") if kept.get(name) and len(encyclopedia.table.where(name))), None)
+    split = next(
+        (name for name in ("background", "train") if kept.get(name) and len(encyclopedia.table.where(name))), None
+    )
     if split is None:
         return stack
     rows, bank = encyclopedia.table.where(split), stack.bank()
     tokens = [encyclopedia.token_states(layer, rows)[0] for layer in stack.layers]
     parts = []
     for start in range(0, len(tokens[0]), CHUNK_TOKENS):
-        x_TLD = torch.stack([torch.from_numpy(states[start : start + CHUNK_TOKENS]).float() for states in tokens], dim=1)
+        x_TLD = torch.stack(
+            [torch.from_numpy(states[start : start + CHUNK_TOKENS]).float() for states in tokens], dim=1
+        )
         parts.append(bank.logits(x_TLD).numpy())
     quantiles_NQ, levels_Q = background_quantiles(np.concatenate(parts))
     return replace(stack, quantiles_NQ=_tensor(quantiles_NQ), levels_Q=_tensor(levels_Q))
 
 
 def fit_shuffled(
-    pool: Pool, head: HeadConfig, training: TrainingConfig, *, epochs: int, trainer: Callable[[int], pl.Trainer], seed: int
+    pool: Pool,
+    head: HeadConfig,
+    training: TrainingConfig,
+    *,
+    epochs: int,
+    trainer: Callable[[int], pl.Trainer],
+    seed: int,
 ) -> list[list[Head]]:
     """Control lenses: the same fit on labels permuted among the rows of each concept. P lists of one head a layer."""
     num = training.num_shuffles
@@ -104,7 +143,8 @@ def fit_shuffled(
     )
     config = replace(training, folds=0, patience=epochs)
     task = build_task(control, head, config, seed=seed)
-    trainer(epochs).fit(task, EncyclopediaDataModule(control, config, seed=seed))
+    with fitting():
+        trainer(epochs).fit(task, EncyclopediaDataModule(control, config, seed=seed))
     heads = pool.fold(task.full_fits())
     count = len(pool.names)
     return [[layer.rows(torch.arange(p * count, (p + 1) * count)) for layer in heads] for p in range(num)]
@@ -133,7 +173,9 @@ def evaluate_stack(
         column = {name: index for index, name in enumerate(table.concepts)}
         order = [column[name] for name in stack.names]
         labels_SN, weights_SN = labels_SN[:, order], weights_SN[:, order]
-    x_SLD = torch.stack([torch.from_numpy(encyclopedia.pooled(layer, pool, rows)).float() for layer in stack.layers], dim=1)
+    x_SLD = torch.stack(
+        [torch.from_numpy(encyclopedia.pooled(layer, pool, rows)).float() for layer in stack.layers], dim=1
+    )
     logits_SN = stack.bank().logits(x_SLD).numpy()
     scores: dict[str, object] = {"activation": logits_SN}
     if text is not None:

@@ -11,6 +11,7 @@
 Axes: N lenses, F = K + 1 copies, S texts, B batch, L layers, W input width.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,13 +53,15 @@ class LensTask(pl.LightningModule):
         num_lenses, num_layers, width: sizes N, L, W.
         head: family of the lenses.
         training: how they are fitted.
-        balance_FN2: weight of a negative and of a positive row for each copy and lens, such that each lens's rows sum to
-            one and its two classes weigh the same.
+        balance_FN2: weight of a negative and of a positive row for each copy and lens, such that each lens's rows sum
+            to one and its two classes weigh the same. num_rows: S, rows of an epoch.
+        seed: of initial weights and dropout.
     """
 
     best_loss: Tensor
     best_epoch: Tensor
     balance: Tensor
+    _next_epoch: Tensor
 
     def __init__(
         self,
@@ -77,7 +80,8 @@ class LensTask(pl.LightningModule):
         self.save_hyperparameters({"head": asdict(head), "training": asdict(training), "num_lenses": num_lenses})
         self.training_config, self.num_lenses, self.num_rows = training, num_lenses, num_rows
         self.num_copies = balance_FN2.shape[0]
-        with torch.random.fork_rng():
+        self.seed = seed
+        with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.heads = _per_layer(head, self.num_copies * num_lenses, num_layers, width)
             self.best_heads = _per_layer(head, self.num_copies * num_lenses, num_layers, width)
@@ -86,43 +90,67 @@ class LensTask(pl.LightningModule):
         self.register_buffer("balance", balance_FN2)
         self.register_buffer("best_loss", torch.full((num_layers, num_lenses), torch.inf))
         self.register_buffer("best_epoch", torch.full((num_layers, num_lenses), -1, dtype=torch.long))
+        self.register_buffer("_next_epoch", torch.zeros((), dtype=torch.long))
         self._epoch_loss_LN = torch.zeros(num_layers, num_lenses)
 
-    def forward(self, x_BLW: Tensor, *, best: bool = False) -> Tensor:
+    def forward(self, x_BLW: Tensor) -> Tensor:
         """Logits of every copy of every lens on every layer: [B, L, F, N]."""
-        heads = self.best_heads if best else self.heads
-        logits = [head(x_BLW[:, layer]) for layer, head in enumerate(heads)]
+        logits = [head(x_BLW[:, layer]) for layer, head in enumerate(self.heads)]
         return torch.stack(logits, dim=1).unflatten(-1, (self.num_copies, self.num_lenses))
 
+    @property
+    def waiting(self) -> Tensor:
+        """Which lenses may still improve, bool [L, N]: a lens is done `patience` epochs after its best."""
+        return self._next_epoch - 1 - self.best_epoch <= self.training_config.patience
+
+    def on_train_start(self) -> None:
+        # A run that goes on from the checkpoint of a finished one has nothing left to do.
+        if not self.waiting.any():
+            self.trainer.should_stop = True
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits_BLFN = self(batch["states"])
-        row_BFN = self._row_weights(batch, in_fold=False)
-        loss_BLFN = _binary_cross_entropy(logits_BLFN, batch["labels"])
+        # Dropout draws by seed and step alone, so that a resumed run drops what an unbroken one dropped.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.seed * 1_000_003 + self.global_step)
+            logits_BLFN = self(batch["states"])
+        row_BFN = self._row_weights(batch)
+        loss_BLFN = _binary_cross_entropy(logits_BLFN, batch["labels"][:, None, None])
         # Row weights sum to one over the whole pool; this brings a batch's share back to that scale.
         data = (loss_BLFN * row_BFN.unsqueeze(1)).sum() * (self.num_rows / len(logits_BLFN))
-        penalty = sum((weight.square().sum() for head in self.heads for weight in _head(head).weights()), torch.zeros(()))
+        penalty = sum(
+            (weight.square().sum() for head in self.heads for weight in _head(head).weights()), torch.zeros(())
+        )
         # Reported per lens, so that runs of different sizes compare; the gradient is the sum's, so lenses do not mix.
-        self.log("train/loss", data.detach() / logits_BLFN[0].numel(), on_epoch=True, on_step=False, batch_size=len(logits_BLFN))
+        self.log(
+            "train/loss",
+            data.detach() / logits_BLFN[0].numel(),
+            on_epoch=True,
+            on_step=False,
+            batch_size=len(logits_BLFN),
+        )
         return data + 0.5 * self.training_config.l2 * penalty
 
     def on_validation_epoch_start(self) -> None:
         self._epoch_loss_LN = torch.zeros_like(self.best_loss)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        logits_BLFN = self(batch["states"])
-        row_BFN = self._row_weights(batch, in_fold=True)
-        loss_BLFN = _binary_cross_entropy(logits_BLFN, batch["labels"])
-        self._epoch_loss_LN += (loss_BLFN * row_BFN.unsqueeze(1)).sum(dim=(0, 2))
+        for rows, logits_bLN in self._held_out(self.heads, batch["states"], batch["folds"]):
+            labels_bN, weights_bN = batch["labels"][rows], batch["weights"][rows]
+            class_bN = torch.where(labels_bN > 0.5, self.balance[0, :, 1], self.balance[0, :, 0])
+            loss_bLN = _binary_cross_entropy(logits_bLN, labels_bN.unsqueeze(1))
+            self._epoch_loss_LN += (loss_bLN * (class_bN * weights_bN).unsqueeze(1)).sum(0)
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
             return
-        better_LN = self._epoch_loss_LN < self.best_loss - 1e-4
+        # A lens that is done stays as it is however long others train: it is the lens it would be alone.
+        better_LN = (self._epoch_loss_LN < self.best_loss - 1e-4) & self.waiting
         self.best_loss[better_LN] = self._epoch_loss_LN[better_LN]
         self.best_epoch[better_LN] = self.current_epoch
         for layer, (kept, current) in enumerate(zip(self.best_heads, self.heads, strict=True)):
             _head(kept).copy_rows(_head(current), better_LN[layer].repeat(self.num_copies))
-        waiting_LN = self.current_epoch - self.best_epoch <= self.training_config.patience
+        self._next_epoch.fill_(self.current_epoch + 1)
+        waiting_LN = self.waiting
         self.log("val/loss", self._epoch_loss_LN.mean(), prog_bar=True)
         self.log("val/best_loss", self.best_loss.mean())
         self.log("val/improving", waiting_LN.float().mean(), prog_bar=True)
@@ -130,32 +158,47 @@ class LensTask(pl.LightningModule):
             self.trainer.should_stop = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.heads.parameters(), lr=self.training_config.learning_rate, weight_decay=0.0)
+        # With balanced classes the first gradient of a bias is zero but for rounding, and Adam would make a full step
+        # of its sign. An eps above rounding and far below every real gradient keeps it where it is.
+        return torch.optim.AdamW(
+            self.heads.parameters(), lr=self.training_config.learning_rate, weight_decay=0.0, eps=1e-6
+        )
 
     @torch.no_grad()
     def out_of_fold(self, states_SLW: Tensor, folds_S: Tensor, *, batch: int = 1024) -> Tensor:
-        """Logit of every row by the best copy that did not train on it: [S, L, N]."""
-        parts = []
+        """Logit of every row by the best copy that did not train on it, on the CPU: [S, L, N]."""
+        self.best_heads.eval()  # no dropout: this is reading, and fitting has left the task in training mode
+        logits_SLN = torch.empty(len(states_SLW), len(self.heads), self.num_lenses)
         for start in range(0, len(states_SLW), batch):
-            logits_BLFN = self(states_SLW[start : start + batch], best=True)
-            copy_B = folds_S[start : start + batch] + 1 if self.num_copies > 1 else torch.zeros(len(logits_BLFN), dtype=torch.long)
-            parts.append(logits_BLFN[torch.arange(len(logits_BLFN)), :, copy_B])
-        return torch.cat(parts)
+            part = slice(start, start + batch)
+            for rows, logits_bLN in self._held_out(
+                self.best_heads, states_SLW[part].to(self.device), folds_S[part].to(self.device)
+            ):
+                logits_SLN[part][rows.cpu()] = logits_bLN.cpu()
+        return logits_SLN
 
     def full_fits(self) -> list[Head]:
-        """The lenses trained on all rows, at their best epochs: one head a layer."""
+        """The lenses trained on all rows, at their best epochs: one head a layer, on the CPU."""
         rows = torch.arange(self.num_lenses)
-        return [_head(head).rows(rows) for head in self.best_heads]
+        return [_head(head).rows(rows).eval() for head in self.best_heads]
 
-    def _row_weights(self, batch: dict[str, Tensor], *, in_fold: bool) -> Tensor:
-        """Weight of each row for each copy and lens, [B, F, N]: the rows a copy trains on, or those it is judged on."""
+    def _held_out(self, heads: nn.ModuleList, x_BLW: Tensor, folds_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows, and their logits [b, L, N] by the copy that does not train on them; copies without rows are left out.
+
+        Without folds there is one copy, and it is judged on its own rows.
+        """
+        for copy in range(1, self.num_copies) if self.num_copies > 1 else [0]:
+            rows = (folds_B + 1 == copy).nonzero()[:, 0] if copy else torch.arange(len(folds_B), device=folds_B.device)
+            if len(rows):
+                parts = [_head(head).part(copy * self.num_lenses, (copy + 1) * self.num_lenses) for head in heads]
+                x_bLW = x_BLW[rows]
+                yield rows, torch.stack([part(x_bLW[:, layer]) for layer, part in enumerate(parts)], dim=1)
+
+    def _row_weights(self, batch: dict[str, Tensor]) -> Tensor:
+        """Weight of each row for each copy and lens, [B, F, N]; zero for the rows that a copy does not train on."""
         labels_BN, weights_BN, folds_B = batch["labels"], batch["weights"], batch["folds"]
-        copies_F = torch.arange(self.num_copies, device=labels_BN.device)
-        held_BF = folds_B.unsqueeze(1) + 1 == copies_F
-        # Without folds there is one copy and nothing is left out: it is judged on its own rows.
-        used_BF = held_BF if in_fold and self.num_copies > 1 else ~held_BF if not in_fold else torch.ones_like(held_BF)
-        balance_FN2 = self.balance[:1].expand_as(self.balance) if in_fold else self.balance
-        class_BFN = torch.where(labels_BN.unsqueeze(1) > 0.5, balance_FN2[..., 1], balance_FN2[..., 0])
+        used_BF = folds_B.unsqueeze(1) + 1 != torch.arange(self.num_copies, device=labels_BN.device)
+        class_BFN = torch.where(labels_BN.unsqueeze(1) > 0.5, self.balance[..., 1], self.balance[..., 0])
         return class_BFN * (weights_BN.unsqueeze(1) * used_BF.unsqueeze(2))
 
 
@@ -179,6 +222,5 @@ def _head(module: Any) -> Head:
     return module
 
 
-def _binary_cross_entropy(logits_BLFN: Tensor, labels_BN: Tensor) -> Tensor:
-    labels = labels_BN[:, None, None, :].expand_as(logits_BLFN)
-    return torch.nn.functional.binary_cross_entropy_with_logits(logits_BLFN, labels, reduction="none")
+def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.expand_as(logits), reduction="none")

@@ -4,7 +4,6 @@ Axes: N lenses.
 """
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from ftw.map.samples import SampleTable, SampleTableBuilder
 from ftw.map.text_control import TextConfig, fit_text_bank
 from ftw.map.training.callbacks import LensBankCallback, log_pack, quiet_trainer
 from ftw.map.training.data import EncyclopediaDataModule, Pool
-from ftw.map.training.fit import build_task, evaluate_stack, fit_shuffled
+from ftw.map.training.fit import build_task, evaluate_stack, fit_shuffled, fitting
 from ftw.map.training.lens_task import LensTask, TrainingConfig
 from ftw.substrate.model import Substrate
 
@@ -71,7 +70,12 @@ def train_pack(
 
     Returns:
         The pack, and its evaluation; None where the table has no test rows.
+
+    Raises:
+        EncyclopediaError: the states are of another substrate. DataError: a concept of one class, or no training rows.
+        KeyboardInterrupt: on Ctrl-C; with a checkpoint callback the run can go on.
     """
+    encyclopedia.check_substrate(substrate.name, substrate.fingerprint)
     quiet_lightning()
 
     def finish(stack: LensStack, pool: Pool, task: LensTask) -> tuple[LensPack, Evaluation | None]:
@@ -81,12 +85,9 @@ def train_pack(
     task = build_task(data.pool, config.head, config.training, seed=config.seed)
     callback = LensBankCallback(encyclopedia, finish, folder=folder, watch_prompt=watch_prompt, substrate=substrate)
     built = trainer([callback]) if trainer else quiet_trainer(EPOCHS, callbacks=[callback])
-    with warnings.catch_warnings():
-        # Batches come from memory: loader workers, which Lightning advises, would only slow them.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    with fitting():
         built.fit(task, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
-    if callback.pack is None:
-        raise KeyboardInterrupt  # Lightning ends a fit quietly on Ctrl-C
+    assert callback.pack is not None  # made when fitting ends
     if folder is not None:
         log_pack(built.loggers, folder, callback.pack)
     return callback.pack, callback.evaluation
@@ -190,11 +191,13 @@ def _table(texts: Sequence[str], labels: Sequence[int], *, concept: str) -> Samp
     if len(texts) != len(labels):
         raise DataError(f"{len(texts)} texts and {len(labels)} labels; give one label a text")
     builder, seen = SampleTableBuilder([concept]), {0: 0, 1: 0}
+    splits: dict[str, str] = {}  # a text given twice must not be trained on and tested on
     for text, label in zip(texts, labels, strict=True):
         if label not in (0, 1):
             raise DataError(f"label {label!r} of text {text[:40]!r}: labels are 0 and 1")
-        held_out = seen[int(label)] % 4 == 3
-        seen[int(label)] += 1
-        row = builder.text(text, group=text, split="test" if held_out else "train", source="given")
+        if text not in splits:
+            splits[text] = "test" if seen[int(label)] % 4 == 3 else "train"
+            seen[int(label)] += 1
+        row = builder.text(text, group=text, split=splits[text], source="given")
         builder.mark(row, concept, int(label))
     return builder.build()
