@@ -43,5 +43,10 @@ def run(job: CollectJob) -> None:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The verb, from the command line."""
     verb("collect", run, CollectJob, data=DATA)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,5 +39,10 @@ def concepts(job: ConceptsJob) -> None:
     console.print(f"{pack.pack_id} is sound" + (f" ({len(problems)} remarks)" if problems else ""))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The verb, from the command line."""
     verb("concepts", concepts, ConceptsJob)
+
+
+if __name__ == "__main__":
+    main()

@@ -31,5 +31,10 @@ def demo(job: DemoJob) -> None:
     run_steps.console.print(overview("Written", {**rows, "next": 'ftw monitor prompt="Tell me about volcanoes."'}))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The verb, from the command line."""
     verb("demo", demo, DemoJob, data=DATA)
+
+
+if __name__ == "__main__":
+    main()

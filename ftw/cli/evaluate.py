@@ -82,5 +82,10 @@ def test_rows(table: SampleTable, pack: LensPack) -> SampleTable:
     return table.select(table.where("test"), known)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The verb, from the command line."""
     verb("evaluate", evaluate, EvaluateJob, data=DATA)
+
+
+if __name__ == "__main__":
+    main()

@@ -81,5 +81,10 @@ def pack_colours(pack: LensPack) -> dict[str, Colour]:
     return concept_colours(pack.names, None if concepts is None else {name: concepts.path(name) for name in pack.names})
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The verb, from the command line."""
     verb("monitor", monitor, MonitorJob)
+
+
+if __name__ == "__main__":
+    main()

@@ -150,5 +150,10 @@ def train(job: TrainJob) -> float | None:
     return None if trained.evaluation is None else float(trained.evaluation.mean["auroc"])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The verb, from the command line."""
     verb("train", train, TrainJob, data=DATA)
+
+
+if __name__ == "__main__":
+    main()

@@ -158,9 +158,9 @@ class LensBank(nn.Module):
         logits_BN = self(states_BLD)
         index_BK = self.rank(logits_BN).topk(min(k, len(self)), dim=-1).indices
         logit_BK = logits_BN.gather(-1, index_BK)
-        watch = logits_BN.new_empty(0, dtype=torch.long) if watch is None else watch
-        watch_BV = watch.expand(len(logits_BN), -1)
-        watch_logit_BV = logits_BN[:, watch]
+        watch_V = index_BK.new_empty(0) if watch is None else watch
+        watch_BV = watch_V.expand(len(logits_BN), -1)
+        watch_logit_BV = logits_BN[:, watch_V]
         return BankReading(
             index_BK,
             logit_BK,

@@ -141,7 +141,7 @@ class Monitor:
             criteria.append(StopStringCriteria(options.setdefault("tokenizer", self.substrate.tokenizer), strings))
         stop_ids = _token_ids(_option(model, options, "eos_token_id"))
         recorder = self._recorder(prompts, encoded, stop_ids=stop_ids, criteria=criteria, on_token=on_token)
-        devices = [device] if device.type == "cuda" else []
+        devices, output = [device] if device.type == "cuda" else [], None
         with (
             torch.random.fork_rng(devices, enabled=seed is not None),
             Tap(self.substrate, self.bank.layers, recorder.on_states),
@@ -157,6 +157,7 @@ class Monitor:
                 **options,
             )
             self._read_last(output, mask_BT)
+        assert output is not None  # a tap without `stop` swallows no exception
         recorder.finish(output.sequences)
         return recorder.timelines(output.sequences.cpu(), {**self._meta, "generation": generation, "seed": seed})
 
@@ -255,7 +256,7 @@ class _StopWhen(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self._event = event
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
 
 

@@ -68,7 +68,7 @@ class Recorder(StoppingCriteria):
             self._read([self._pending[layer] for layer in self.bank.layers], num_new)
             self._pending.clear()
 
-    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
         """Note which rows have ended, tell what was read; only the caller's criteria stop anything."""
         num_rows = len(input_ids)
         if num_rows % len(self.encoded) or num_rows != len(self._logits[-1]):

@@ -50,15 +50,11 @@ def _readable_names(folder: Path) -> list[str]:
     """Files that a reader of the pack may open; a README or a hidden file beside them is none of its business."""
     names = []
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        ours = len(name.parts) > 1 or path.suffix in (".json", ".safetensors") or path.is_symlink()
-        if (
-            ours
-            and not name.parts[0].startswith(".")
-            and name.as_posix() != NAME
-            and (path.is_symlink() or not path.is_dir())
-        ):
-            names.append(name.as_posix())
+        name = path.relative_to(folder).as_posix()
+        hidden, is_file = name.startswith(".") or name == NAME, path.is_symlink() or not path.is_dir()
+        ours = "/" in name or path.suffix in (".json", ".safetensors") or path.is_symlink()
+        if ours and is_file and not hidden:
+            names.append(name)
     return names
 
 

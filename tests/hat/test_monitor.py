@@ -191,7 +191,7 @@ def test_joined_tokens_are_the_text(monitor: Monitor):
     assert "Grüße an die Möwe" in "".join(timeline.tokens)
 
 
-@pytest.mark.parametrize("text", ["naïve 🐈‍⬛ 日本語", "\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd a \ufffd", "", "🐈"])
+@pytest.mark.parametrize("text", ["naïve 🐈‍⬛ 日本語", "\ufffd" * 7 + " a \ufffd", "", "🐈"])
 def test_letters_of_several_tokens_appear_when_they_are_whole(tiny_substrate: Substrate, text: str):
     ids = tiny_substrate.encode(text)
     parts = pieces(tiny_substrate, ids)

@@ -269,7 +269,7 @@ def test_a_hostile_pack_with_a_fitting_manifest_is_a_pack_error(folder: Path, na
         load_pack(folder)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_at_any_place_of_the_index_loads_or_is_a_pack_error(saved: Path, tmp_path: Path, data: st.DataObject):
     values = st.recursive(

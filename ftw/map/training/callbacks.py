@@ -94,7 +94,7 @@ def current_bank(task: LensTask, pool: Pool) -> LensBank:
 
 def log_evaluation(loggers: list[Logger], evaluation: Evaluation) -> None:
     """Means as numbers for every logger; figures of each concept as a table where there are tables."""
-    means = {f"test/{name}": value for name, value in evaluation.mean.items() if isinstance(value, int | float)}
+    means = {f"test/{name}": float(value) for name, value in evaluation.mean.items() if isinstance(value, int | float)}
     for logger in loggers:
         logger.log_metrics(means)
         if isinstance(logger, WandbLogger):
