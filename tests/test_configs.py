@@ -1,6 +1,5 @@
 """Every choice of every group makes a typed job, and `--help` names them all."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
@@ -23,14 +22,19 @@ JOBS = {
     "monitor": MonitorJob,
     "concepts": ConceptsJob,
 }
-NEEDED = ["substrate=local", "substrate.path=MODEL", "concepts=pack", "concepts.path=PACK", "data=labelled", "data.path=TEXTS"]
+NEEDED = [
+    "substrate=local",
+    "substrate.path=MODEL",
+    "concepts=pack",
+    "concepts.path=PACK",
+    "data=labelled",
+    "data.path=TEXTS",
+]
 
 
-def choices() -> Iterator[tuple[str, str]]:
-    for file in sorted(CONF.rglob("*.yaml")):
-        group = file.parent.relative_to(CONF).as_posix()
-        if group != "." and not group.startswith("hydra"):
-            yield group, file.stem
+def choices() -> list[tuple[str, str]]:
+    files = [(file.parent.relative_to(CONF).as_posix(), file.stem) for file in sorted(CONF.rglob("*.yaml"))]
+    return [(group, choice) for group, choice in files if group != "." and not group.startswith("hydra")]
 
 
 def job(verb: str, *overrides: str):

@@ -18,18 +18,19 @@ QUICK = ["trainer.max_epochs=6", "map.training.num_shuffles=1", "evaluate.draws=
 
 @dataclass
 class ToyRun:
-    """Where everything lies; `folder` is the current folder of the commands."""
+    """Where everything lies; `folder` is the current folder of the commands, `run` the finished run's."""
 
     folder: Path
     home: Path
+    run: Path
 
     @property
     def texts(self) -> Path:
         return self.folder / "toy.jsonl"
 
     @property
-    def run(self) -> Path:
-        return self.folder / "runs" / "latest"
+    def latest(self) -> Path:
+        return (self.folder / "runs" / "latest").resolve()
 
     @property
     def substrate(self) -> list[str]:
@@ -82,10 +83,10 @@ def write_texts(path: Path) -> None:
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> ToyRun:
     """A finished run in `toy_run.run`; other runs may be made beside it."""
     folder = tmp_path_factory.mktemp("toy")
-    toy = ToyRun(folder, folder / "home")
+    toy = ToyRun(folder, folder / "home", folder / "first")
     tiny_llama().save_pretrained(folder / "toy-llama")
     byte_tokenizer().save_pretrained(folder / "toy-llama")
     write_texts(toy.texts)
     with inside(toy):
-        run_verb("train", *toy.training)
+        run_verb("train", *toy.training, f"hydra.run.dir={toy.run}")
     return toy

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from toy_run import ToyRun, run_verb
 
+from ftw.cli import _run
 from ftw.hat.timeline import Timeline
 from ftw.map.concept import Concept, ConceptPack
 
@@ -21,10 +23,6 @@ PETS = [("animal", 0, []), ("dog", 1, ["animal"]), ("cat", 1, ["animal"])]
 
 def newest(toy: ToyRun, verb: str) -> Path:
     return max(toy.folder.glob(f"runs/*-{verb}"), key=lambda folder: folder.stat().st_mtime_ns)
-
-
-def ftw(*words: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ftw", *words], capture_output=True, text=True, timeout=120, **options)
 
 
 def test_train_leaves_pack_figures_report_and_record(toy: ToyRun):
@@ -40,7 +38,7 @@ def test_train_leaves_pack_figures_report_and_record(toy: ToyRun):
     assert "num_shuffles: 1" in (toy.run / "config.yaml").read_text()
     report = (toy.run / "report.html").read_text(encoding="utf-8")
     assert "whale" in report
-    assert "http" not in report.replace("http://www.w3.org", "").split("<body")[0]
+    assert not re.search(r"(src|href)=.?https?:", report)
     assert load_file(toy.run / "pack" / "layer0" / "lenses.safetensors")
     assert (toy.run / "checkpoints" / "last.ckpt").is_file()
     assert (toy.run / "csv" / "metrics.csv").is_file()
@@ -49,9 +47,11 @@ def test_train_leaves_pack_figures_report_and_record(toy: ToyRun):
 def test_a_resumed_training_ends_with_the_same_lenses_as_an_unbroken_one(toy: ToyRun):
     family = ["hat/lens=mlp", "hat.lens.hidden=4", "logger=none"]
     run_verb("train", *toy.training, *family)
-    whole = toy.run.resolve()
+    whole = toy.latest
     run_verb("train", *toy.training, *family, "trainer.max_epochs=3", f"hydra.run.dir={toy.folder / 'half'}")
-    run_verb("train", *toy.training, *family, f"resume={toy.folder / 'half/checkpoints/last.ckpt'}", "hydra.run.dir=rest")
+    run_verb(
+        "train", *toy.training, *family, f"resume={toy.folder / 'half/checkpoints/last.ckpt'}", "hydra.run.dir=rest"
+    )
     for name, tensor in load_file(whole / "pack/layer0/lenses.safetensors").items():
         assert (load_file(toy.folder / "rest/pack/layer0/lenses.safetensors")[name] - tensor).abs().max() < 1e-6
 
@@ -62,17 +62,19 @@ def test_a_sweep_makes_one_run_for_each_value_and_latest_is_the_last(toy: ToyRun
     for number, hidden in (("0", 2), ("1", 3)):
         assert f"hidden: {hidden}" in (sweep / number / "config.yaml").read_text()
         assert (sweep / number / "pack" / "MANIFEST.json").is_file()
-    assert toy.run.resolve() == sweep / "1"
+    assert toy.latest == sweep / "1"
     assert not (sweep / "latest").exists()
 
 
 def test_evaluate_reads_a_file_and_leaves_latest_alone(toy: ToyRun, capsys: pytest.CaptureFixture[str]):
     run_verb("train", *toy.training)
-    before = toy.run.resolve()
+    before = toy.latest
     shutil.copy(toy.texts, toy.folder / "my texts, (new).jsonl")
-    run_verb("evaluate", *toy.substrate, "texts=my texts, (new).jsonl", "evaluate.slices=[language]", "evaluate.draws=20")
+    run_verb(
+        "evaluate", *toy.substrate, "texts=my texts, (new).jsonl", "evaluate.slices=[language]", "evaluate.draws=20"
+    )
     folder = newest(toy, "evaluate")
-    assert toy.run.resolve() == before
+    assert toy.latest == before
     figures, trained = (json.loads((run / "metrics.json").read_text()) for run in (folder, before))
     assert set(figures["slices"]["language"]) == {"en", "de"}
     assert figures["mean"]["auroc"] == pytest.approx(trained["mean"]["auroc"], abs=1e-6)
@@ -92,7 +94,13 @@ def test_collect_collects_once_and_a_dry_run_leaves_nothing(toy: ToyRun, capsys:
     assert len(set(toy.home.glob("encyclopedias/*")) - stores) >= 1
 
 
-PROMPTS = ["What, then?", "Tell me: a=b (yes) [1, 2] {x}", "\"quoted\" and 'quoted'", "${oc.env:HOME} Grüße, 你好", " \\"]
+PROMPTS = [
+    "What, then?",
+    "Tell me: a=b (yes) [1, 2] {x}",
+    "\"quoted\" and 'quoted'",
+    "${oc.env:HOME} Grüße, 你好",
+    " \\",
+]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -118,18 +126,23 @@ def test_monitor_reads_a_given_text(toy: ToyRun, capsys: pytest.CaptureFixture[s
 
 def test_demo_adds_a_live_reading_to_a_training(toy: ToyRun, capsys: pytest.CaptureFixture[str]):
     run_verb("demo", *toy.training, "debug=fast", "prompt=Tell me, please: why?", "generation.max_new_tokens=5")
-    assert toy.run.resolve().name.endswith("-demo")
-    assert Timeline.load(toy.run / "timeline.json").prompt == "Tell me, please: why?"
+    assert toy.latest.name.endswith("-demo")
+    assert Timeline.load(toy.latest / "timeline.json").prompt == "Tell me, please: why?"
     assert "runs/latest/report.html" in capsys.readouterr().out
 
 
 def test_concepts_are_built_shown_and_verified(toy: ToyRun, capsys: pytest.CaptureFixture[str]):
-    ConceptPack.of("pets", "1.0.0", [Concept(name=n, level=level, parents=above) for n, level, above in PETS]).save(toy.folder / "pets")
+    ConceptPack.of("pets", "1.0.0", [Concept(name=n, level=level, parents=above) for n, level, above in PETS], {}).save(
+        toy.folder / "pets"
+    )
     pack = ["concepts=pack", "concepts.path=pets"]
     run_verb("concepts", *pack)
     run_verb("concepts", "verify", *pack)
     run_verb("concepts", "build", *pack, "out=copy, of it")
-    assert ConceptPack.load(toy.folder / "copy, of it").content_hash() == ConceptPack.load(toy.folder / "pets").content_hash()
+    assert (
+        ConceptPack.load(toy.folder / "copy, of it").content_hash()
+        == ConceptPack.load(toy.folder / "pets").content_hash()
+    )
     out = capsys.readouterr().out
     assert "dog" in out
     assert "pets is sound" in out
@@ -161,11 +174,8 @@ def test_ctrl_c_while_training_names_the_checkpoint_to_go_on_from(toy: ToyRun):
     assert not (toy.folder / "stopped/pack").exists()
 
 
-def test_the_record_has_the_command_as_it_was_typed(toy: ToyRun):
-    words = ["train", *toy.training, "debug=fast", "watch_prompt=What, then?", "hydra.run.dir=typed", "logger=none"]
-    done = ftw(*words)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    command = json.loads((toy.folder / "typed/run.json").read_text())["command"]
-    assert command.startswith("ftw train substrate=local")
-    assert "'watch_prompt=What, then?'" in command
+def test_the_record_has_the_command_as_it_was_typed(monkeypatch: pytest.MonkeyPatch):
+    typed = ["python", "-m", "ftw.cli.train", "watch_prompt=What, then?", "seed=1"]
+    monkeypatch.setattr(sys, "orig_argv", typed)
+    monkeypatch.setattr(sys, "argv", ["ftw/cli/train.py", "watch_prompt='What, then?'", "seed=1"])
+    assert _run.command() == "ftw train 'watch_prompt=What, then?' seed=1"

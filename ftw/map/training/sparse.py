@@ -146,7 +146,7 @@ def marks_by_lens(table: SampleTable, rows: np.ndarray) -> Marks:
     place = np.full(len(table), -1, dtype=np.int32)
     place[rows] = np.arange(len(rows), dtype=np.int32)
     local_E = place[table.rows]
-    kept_E = np.flatnonzero(local_E >= 0).astype(np.int32)
+    kept_E = np.flatnonzero((local_E >= 0) & (table.weights > 0)).astype(np.int32)
     # Two counting sorts, first by text and then by lens: linear in E, where a comparison sort of 32 M marks takes 10 s.
     shape = (len(rows), len(table.concepts))
     listed = scipy.sparse.coo_array((kept_E, (local_E[kept_E], table.cols[kept_E])), shape=shape)
