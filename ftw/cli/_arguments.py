@@ -86,8 +86,8 @@ def readable(verb: str, words: Sequence[str]) -> list[str]:
 
 
 def quoted(value: str) -> str:
-    """A value that Hydra takes letter by letter; null, plain words, and what is quoted already, stay as they are."""
-    if value == "null" or re.fullmatch(r"[A-Za-z_./][\w./-]*", value, flags=re.ASCII):
+    """A value that Hydra takes letter by letter; null, plain paths, and what is quoted already, stay as they are."""
+    if value == "null" or re.fullmatch(r"[A-Za-z_/][\w-]*[./][\w./-]*", value, flags=re.ASCII):
         return value
     if value[:1] in ("'", '"'):
         try:

@@ -36,7 +36,7 @@ class Recipe:
         layers: blocks whose outputs are read. normalisation: of each token's state, before any lens.
         pooling: state that a text-level decision is made on. max_tokens: of a text, in training.
         family, hidden, basis_rank: of the lenses. prior: base rate that probabilities are for.
-        l2, folds, pool rows and seed: of the fit.
+        solver, l2, shrinkage, folds and seed: of the fit.
     """
 
     substrate: str
@@ -55,7 +55,9 @@ class Recipe:
     basis_rank: int = 0
     calibration: str = "Platt per layer on out-of-fold rows, mean over layers, Platt again; balanced prior"
     prior: float = 0.5
+    solver: str = "adamw"
     l2: float = 0.0
+    shrinkage: float = 0.0
     folds: int = 0
     seed: int = 0
     num_texts: int = 0

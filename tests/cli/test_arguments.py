@@ -5,6 +5,7 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -81,7 +82,7 @@ def test_yaml_that_is_none_is_named_with_its_line(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("resume=gone.ckpt", "no such checkpoint; the newest is"),
+        ("resume=gone.ckpt", "no such checkpoint"),
         ("logger.csv._target_=os.system", "not allowed"),
         ("trainer.accelerator=abacus", "invalid accelerator name"),
         ("+trainer.epochs=3", "unexpected keyword argument 'epochs'"),
@@ -103,12 +104,16 @@ def test_without_a_pack_the_next_step_is_named(capsys: pytest.CaptureFixture[str
     assert "no lens pack at runs/latest/pack; make one with `ftw train`" in capsys.readouterr().err
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30))
 def test_any_prompt_reaches_the_job_letter_by_letter(prompt: str):
     if prompt == "null" or prompt[:1] in ("'", '"'):
         return
-    assert composed("monitor", f"prompt={prompt}").prompt == prompt
+    # What Hydra does with an override, without the search for files: 0.2 s each would be too many.
+    (override,) = OverridesParser.create().parse_overrides(readable("monitor", [f"prompt={prompt}"]))
+    config = OmegaConf.structured(MonitorJob)
+    OmegaConf.update(config, "prompt", override.value())
+    assert OmegaConf.to_object(config).prompt == prompt
 
 
 @pytest.mark.parametrize("value", ["'a, b'", '"a, b"'])

@@ -42,7 +42,6 @@ def test_wandb_offline_has_losses_table_picture_and_pack(
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.delenv("WANDB_SILENT", raising=False)
-    monkeypatch.setenv("WANDB_SILENT", "true")
     run_verb("train", *toy.training, *WATCH, "logger=wandb", "hydra.run.dir=logged")
     out, err = capfd.readouterr()
     assert "wandb:" not in out + err

@@ -104,6 +104,7 @@ def test_a_tap_that_never_fired_is_an_error(tiny_substrate: Substrate) -> None:
 def test_hooks_are_gone_after_an_exception_and_the_exception_stays(tiny_substrate: Substrate) -> None:
     # transformers leaves hooks of its own on a model that was once asked for all its hidden states.
     before = num_hooks(tiny_substrate)
+
     def fail(layer: int, states_BTD: Tensor) -> None:
         raise ZeroDivisionError
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ftw.errors import DataError
-from ftw.hat.lens import HeadConfig
+from ftw.errors import ConfigError, DataError
+from ftw.hat.lens import Head, HeadConfig
 from ftw.hat.store import LensStack
 from ftw.map.collect import CollectConfig, collect
 from ftw.map.concept import ConceptPack
@@ -23,11 +23,15 @@ from ftw.map.samples import SampleTable, SampleTableBuilder
 from ftw.map.text_control import TextConfig, fit_text_bank
 from ftw.map.training.callbacks import LensBankCallback, log_pack, quiet_trainer
 from ftw.map.training.data import EncyclopediaDataModule, Pool
-from ftw.map.training.fit import build_task, evaluate_stack, fit_shuffled, fitting
+from ftw.map.training.fit import build_task, evaluate_stack, fit_shuffled, fitting, with_percentiles
 from ftw.map.training.lens_task import LensTask, TrainingConfig
+from ftw.map.training.solver import choose_shrinkage, solve_shuffled, solve_stack
+from ftw.map.training.sparse import read_sparse_pool
 from ftw.substrate.model import Substrate
 
 EPOCHS = 80
+SOLVERS = ("adamw", "lda")
+Shuffled = Callable[[], list[list[Head]]]
 
 
 @dataclass(kw_only=True)
@@ -76,11 +80,23 @@ def train_pack(
         KeyboardInterrupt: on Ctrl-C; with a checkpoint callback the run can go on.
     """
     encyclopedia.check_substrate(substrate.name, substrate.fingerprint)
-    quiet_lightning()
+    if config.training.solver not in SOLVERS:
+        raise ConfigError(f"map.training.solver={config.training.solver!r}; choose {' or '.join(SOLVERS)}")
+
+    def pack_of(stack: LensStack, shuffled: Shuffled, shrinkage: float = 0.0) -> tuple[LensPack, Evaluation | None]:
+        made = replace(config, training=replace(config.training, shrinkage=shrinkage))
+        return _finish(stack, shuffled, encyclopedia, made, substrate, concepts, provenance or {}, step)
+
+    if config.training.solver == "lda":
+        pack, evaluation = _solve(encyclopedia, config, pack_of, step)
+        if folder is not None:
+            pack.save(folder)
+        return pack, evaluation
 
     def finish(stack: LensStack, pool: Pool, task: LensTask) -> tuple[LensPack, Evaluation | None]:
-        return _finish(stack, pool, task, encyclopedia, config, substrate, concepts, provenance or {}, step)
+        return pack_of(stack, lambda: _shuffled_by_descent(pool, task, config))
 
+    quiet_lightning()
     data = EncyclopediaDataModule(encyclopedia, config.training, seed=config.seed)
     task = build_task(data.pool, config.head, config.training, seed=config.seed)
     callback = LensBankCallback(encyclopedia, finish, folder=folder, watch_prompt=watch_prompt, substrate=substrate)
@@ -129,10 +145,35 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def _solve(
+    encyclopedia: Encyclopedia, config: FitConfig, pack_of: Callable[..., Any], step: Callable[[str], None]
+) -> tuple[LensPack, Evaluation | None]:
+    """Linear lenses in closed form: no epochs, no checkpoint, memory for marked pairs only."""
+    training = config.training
+    if config.head.family != "linear" or config.head.hidden or training.basis_rank:
+        raise ConfigError(
+            "map.training.solver=lda fits linear heads on full states; leave out hidden units and basis_rank"
+        )
+    pool = read_sparse_pool(encyclopedia, folds=training.folds, pool=training.pool, seed=config.seed)
+    step("shrinkage")
+    shrinkage = training.shrinkage or choose_shrinkage(pool, seed=config.seed)
+    step("lenses")
+    stack = with_percentiles(solve_stack(pool, shrinkage=shrinkage, seed=config.seed), encyclopedia)
+
+    def shuffled() -> list[list[Head]]:
+        return solve_shuffled(pool, num_shuffles=training.num_shuffles, shrinkage=shrinkage, seed=config.seed)
+
+    return pack_of(stack, shuffled, shrinkage)
+
+
+def _shuffled_by_descent(pool: Pool, task: LensTask, config: FitConfig) -> list[list[Head]]:
+    epochs = max(1, int(task.best_epoch.float().mean()) + 1)
+    return fit_shuffled(pool, config.head, config.training, epochs=epochs, trainer=quiet_trainer, seed=config.seed)
+
+
 def _finish(
     stack: LensStack,
-    pool: Pool,
-    task: LensTask,
+    shuffled: Shuffled,
     encyclopedia: Encyclopedia,
     config: FitConfig,
     substrate: Substrate,
@@ -145,15 +186,10 @@ def _finish(
     text = fit_text_bank(table, config.text, progress=False)
     if len(table.where("test")):
         step("shuffled labels")
-        epochs = max(1, int(task.best_epoch.float().mean()) + 1)
-        shuffled = (
-            fit_shuffled(pool, config.head, config.training, epochs=epochs, trainer=quiet_trainer, seed=config.seed)
-            if config.training.num_shuffles
-            else None
-        )
+        control = shuffled() if config.training.num_shuffles else None
         step("evaluate")
         evaluation = evaluate_stack(
-            stack, encyclopedia, config=config.evaluate, pool=config.training.pool, text=text, shuffled=shuffled
+            stack, encyclopedia, config=config.evaluate, pool=config.training.pool, text=text, shuffled=control
         )
     recipe = Recipe(
         substrate=substrate.name,
@@ -165,7 +201,9 @@ def _finish(
         pooling=config.training.pool,
         max_tokens=spec.max_tokens,
         basis_rank=config.training.basis_rank,
-        l2=config.training.l2,
+        solver=config.training.solver,
+        l2=0.0 if config.training.solver == "lda" else config.training.l2,
+        shrinkage=config.training.shrinkage,
         folds=config.training.folds,
         seed=config.seed,
         num_texts=len(table),
