@@ -8,17 +8,17 @@ side by side, so the bank keeps only that: one matrix product a token however ma
 Axes: N lenses, B batch (any states: tokens, texts, streams), L layers, D model width, Q quantiles, K kept, V watched.
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ftw.errors import ConceptError, SubstrateError
+from ftw.errors import ConfigError, PackError, SubstrateError
 from ftw.hat.basis import Basis
-from ftw.hat.lens import Head
+from ftw.hat.lens import Head, enlarged, find_rows
 from ftw.hat.linear import LinearHead
+from ftw.hat.slots import Slots
 
 NORM_EPS = 1e-5
 
@@ -45,7 +45,7 @@ class BankReading:
 
 
 class LensBank(nn.Module):
-    """N lenses read together.
+    """N lenses read together, with room for more if asked for (`hot`).
 
     Args:
         names: N concept names.
@@ -54,14 +54,11 @@ class LensBank(nn.Module):
         scale_LN, offset_N: how the heads' logits are combined; an empty scale when that is folded into a single head.
         quantiles_NQ, levels_Q: quantiles of each lens's logits on background tokens; empty when not calibrated.
         basis: shared projection, or None.
+
+    All tensors may have more rows than there are names: `slots` fills and empties them.
     """
 
-    scale: Tensor
-    offset: Tensor
-    quantiles: Tensor
     levels: Tensor
-    median: Tensor
-    spread: Tensor
 
     def __init__(
         self,
@@ -76,25 +73,90 @@ class LensBank(nn.Module):
         basis: Basis | None = None,
     ) -> None:
         super().__init__()
-        self.names, self.layers = list(names), tuple(layers)
-        self.index = {name: row for row, name in enumerate(self.names)}
-        self.heads: nn.ModuleList = nn.ModuleList(heads)
+        self.layers = tuple(layers)
+        self._all = list(heads)
+        self.heads = nn.ModuleList(self._all)
         self.basis = basis
         self._width = sum(head.width for head in heads) // len(self.layers) if basis is None else basis.mean.shape[-1]
-        self.register_buffer("scale", scale_LN)
-        self.register_buffer("offset", offset_N)
-        self.register_buffer("quantiles", torch.empty(len(names), 0) if quantiles_NQ is None else quantiles_NQ)
+        quantiles_NQ = torch.empty(len(offset_N), 0) if quantiles_NQ is None else quantiles_NQ
         self.register_buffer("levels", torch.empty(0) if levels_Q is None else levels_Q)
-        if self.calibrated:
+        rows = {"scale": scale_LN.T, "offset": offset_N, "quantiles": quantiles_NQ}
+        if quantiles_NQ.shape[1]:
             # Background median of each lens, and its distance to the 99th percentile: what `rank` needs at every token.
-            median_N = self.quantiles[:, _nearest(self.levels, 0.5)].clone()
-            upper_N = self.quantiles[:, _nearest(self.levels, 0.99)]
-            self.register_buffer("median", median_N)
-            self.register_buffer("spread", (upper_N - median_N).clamp_min(1e-6))
+            rows["median"] = quantiles_NQ[:, _nearest(self.levels, 0.5)].clone()
+            rows["spread"] = (quantiles_NQ[:, _nearest(self.levels, 0.99)] - rows["median"]).clamp_min(1e-6)
+        for name, tensor in rows.items():
+            self.register_buffer(f"row_{name}", tensor)
         self.requires_grad_(False).eval()
+        self.slots = Slots(self._row_tensors(), names)
+        self.refresh()
+
+    def hot(self, capacity: int, *, precision: str = "float32") -> "LensBank":
+        """A bank of the same lenses with room for `capacity` of them, its weights in another precision if asked.
+
+        Raises:
+            ConfigError: less room than lenses, or no such precision.
+        """
+        if capacity < len(self):
+            raise ConfigError(f"{len(self)} lenses for {capacity} rows; choose a larger capacity")
+        bank = LensBank(
+            names=(),
+            layers=self.layers,
+            heads=[head.stored(precision).with_room(capacity) for head in self._now],
+            scale_LN=enlarged(self.scale.T, capacity).T,
+            offset_N=enlarged(self.offset, capacity),
+            quantiles_NQ=enlarged(self.quantiles, capacity),
+            levels_Q=self.levels,
+            basis=self.basis,
+        )
+        bank.slots = Slots(bank.slots.tensors, self.names)
+        bank.refresh()
+        return bank
+
+    def put(self, lenses: "LensBank", *, drop: Iterable[str] = ()) -> None:
+        """Lenses come, in place of those that leave; nothing else is touched.
+
+        Args:
+            lenses: a bank of the same kind (layers, family, precision, basis, quantiles).
+            drop: names that leave.
+
+        Raises:
+            PackError: lenses of another kind. ConceptError: one that is here already, or one to drop that is not.
+            ConfigError: no room.
+        """
+        mine, theirs = (_kinds(bank) for bank in (self, lenses))
+        if mine != theirs:
+            raise PackError(f"lenses of another kind than the bank's: {sorted(mine ^ theirs)[0]}; read them apart")
+        self.slots.take(lenses.names, lenses.slots, drop=drop)
+        self.refresh()
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Lenses leave.
+
+        Raises:
+            ConceptError: one that is not here, with the nearest names.
+        """
+        self.slots.drop(names)
+        self.refresh()
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.slots)
+
+    @property
+    def names(self) -> list[str]:
+        """The lenses, in the order of the N axis; a new list whenever they change."""
+        return self.slots.names
+
+    @property
+    def index(self) -> dict[str, int]:
+        """Place of each lens in the N axis."""
+        return self.slots.index
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of everything that reads: rows filled or not, and the basis."""
+        shared = [self.levels] if self.basis is None else [self.levels, self.basis.mean, self.basis.components]
+        return self.slots.num_bytes + sum(tensor.numel() * tensor.element_size() for tensor in shared)
 
     @property
     def width(self) -> int:
@@ -122,14 +184,16 @@ class LensBank(nn.Module):
             )
         return self.logits(normalise(states_BLD))
 
-    def logits(self, normed_BLD: Tensor) -> Tensor:
-        """Logits for states (or means of states) that are layer-normed already: [B, N]."""
+    def logits(self, normed_BLD: Tensor, part: slice | None = None) -> Tensor:
+        """Logits for states (or means of states) that are layer-normed already: [B, N], or those of some rows."""
         x_BLW = normed_BLD if self.basis is None else self.basis(normed_BLD)
+        start, stop, _ = slice(None).indices(len(self)) if part is None else part.indices(len(self))
+        heads = self._now if part is None else [head.part(start, stop) for head in self._now]
         if self._folded:
-            return self.heads[0](x_BLW.flatten(-2))
-        total_BN = self.offset
-        for layer, head in enumerate(self.heads):
-            total_BN = total_BN + self.scale[layer] * head(x_BLW[..., layer, :])
+            return heads[0](x_BLW.flatten(-2))
+        total_BN = self.offset[start:stop]
+        for layer, head in enumerate(heads):
+            total_BN = total_BN + self.scale[layer, start:stop] * head(x_BLW[..., layer, :])
         return total_BN
 
     def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None) -> Tensor:
@@ -143,7 +207,7 @@ class LensBank(nn.Module):
         if lenses is None:
             return _interpolate(logits_BN.T.contiguous(), self.quantiles, self.levels).T
         flat = lenses.flatten()
-        return _interpolate(logits_BN.reshape(-1, 1), self.quantiles[flat], self.levels).view_as(logits_BN)
+        return _interpolate(logits_BN.reshape(-1, 1).contiguous(), self.quantiles[flat], self.levels).view_as(logits_BN)
 
     def rank(self, logits_BN: Tensor) -> Tensor:
         """What lenses are compared by: distance from the background median in units of its upper spread.
@@ -155,7 +219,7 @@ class LensBank(nn.Module):
 
     def read(self, states_BLD: Tensor, *, k: int, watch: Tensor | None = None) -> BankReading:
         """The k strongest lenses and the watched ones."""
-        logits_BN = self(states_BLD)
+        logits_BN: Tensor = self(states_BLD)
         index_BK = self.rank(logits_BN).topk(min(k, len(self)), dim=-1).indices
         logit_BK = logits_BN.gather(-1, index_BK)
         watch_V = index_BK.new_empty(0) if watch is None else watch
@@ -179,20 +243,33 @@ class LensBank(nn.Module):
 
     @property
     def _folded(self) -> bool:
-        return not self.scale.numel()
+        return self.scale.shape[0] == 0
 
+    def _row_tensors(self) -> dict[str, Tensor]:
+        """Every tensor with an axis of lenses, that axis first."""
+        heads = {f"{layer}.{name}": t for layer, head in enumerate(self.heads) for name, t in head.state_dict().items()}
+        return heads | {
+            name: tensor for name, tensor in self._buffers.items() if name.startswith("row_") and tensor is not None
+        }
 
-def find_rows(names: Sequence[str], index: Mapping[str, int]) -> list[int]:
-    """Rows of some concepts.
+    def refresh(self) -> None:
+        """Point at the filled rows: to be called when `slots` were changed by other means than `put` and `drop`."""
+        num, rows = len(self.slots), self.slots.tensors
+        self._now = [head.part(0, num) for head in self._all]
+        self.scale, self.offset, self.quantiles = (
+            rows["row_scale"][:num].T,
+            rows["row_offset"][:num],
+            rows["row_quantiles"][:num],
+        )
+        if self.calibrated:
+            self.median, self.spread = rows["row_median"][:num], rows["row_spread"][:num]
 
-    Raises:
-        ConceptError: a name without a row, with the nearest names that have one.
-    """
-    for name in names:
-        if name not in index:
-            near = difflib.get_close_matches(name, index, n=3, cutoff=0.5)
-            raise ConceptError(f"no lens for concept {name!r}; nearest: {', '.join(near) or 'none'}")
-    return [index[name] for name in names]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LensBank":
+        super()._apply(fn, recurse)
+        # Moved to another device, the tensors are others than those that `slots` holds.
+        self.slots.tensors = self._row_tensors()
+        self.refresh()
+        return self
 
 
 def combine_linear(heads: Sequence[LinearHead], scale_LN: Tensor, offset_N: Tensor) -> LinearHead:
@@ -219,7 +296,7 @@ def build_bank(
 ) -> LensBank:
     """A bank from one head a layer, linear heads folded into a single product."""
     linear = [head for head in heads if isinstance(head, LinearHead)]
-    if len(linear) == len(heads):
+    if linear and len(linear) == len(heads):
         heads = [combine_linear(linear, scale_LN, offset_N)]
         scale_LN, offset_N = torch.empty(0, len(names)), torch.zeros(len(names))
     return LensBank(
@@ -251,6 +328,11 @@ def _interpolate(logits_MB: Tensor, quantiles_MQ: Tensor, levels_Q: Tensor) -> T
         middle = (levels_Q[first.clamp_max(last)] + levels_Q[(after - 1).clamp_min(0)]) / 2
         percentile = torch.where(met, middle, percentile)
     return percentile.masked_fill(logits_MB.isnan(), torch.nan)
+
+
+def _kinds(bank: LensBank) -> set[str]:
+    rows = {f"{name} {list(tensor.shape[1:])} {tensor.dtype}" for name, tensor in bank.slots.tensors.items()}
+    return rows | {f"layers {list(bank.layers)}", f"basis {None if bank.basis is None else bank.basis.rank}"}
 
 
 def _nearest(levels_Q: Tensor, level: float) -> int:

@@ -7,13 +7,15 @@ Axes: N lenses, B batch, W input width (model width D, basis rank R, or several 
 """
 
 import copy
+import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ftw.errors import ConfigError
+from ftw.errors import ConceptError, ConfigError
 
 FAMILIES = ("linear", "mlp")
 
@@ -76,14 +78,29 @@ class Head(nn.Module, ABC):
     def rows(self, index: Tensor) -> "Head":
         """A head of the chosen lenses, in that order, on the CPU, sharing nothing with this one."""
 
+    @abstractmethod
+    def stored(self, precision: str) -> "Head":
+        """The same lenses with weights of another precision: to read with, not to train."""
+
+    @abstractmethod
+    def fold_norm(self, gain_NW: Tensor, shift_NW: Tensor) -> "Head":
+        """The head that gives on x what each lens of this one gives on gain x + shift, its own affine layer norm."""
+
     def part(self, start: int, stop: int) -> "Head":
         """Consecutive lenses as a head that shares its tensors with this one: to read with, not to train."""
+        return self._with(stop - start, lambda tensor: tensor[start:stop])
+
+    def with_room(self, capacity: int) -> "Head":
+        """The head with rows for more lenses behind its own; what stands in those is undefined."""
+        return self._with(capacity, lambda tensor: enlarged(tensor, capacity))
+
+    def _with(self, num_lenses: int, change: Callable[[Tensor], Tensor]) -> "Head":
         view = copy.copy(self)
         view._parameters = {
-            name: nn.Parameter(tensor.detach()[start:stop], requires_grad=False)
-            for name, tensor in self.named_parameters()
+            name: nn.Parameter(change(tensor.detach()), requires_grad=False) for name, tensor in self.named_parameters()
         }
-        view.num_lenses = stop - start
+        view._buffers = {name: None if tensor is None else change(tensor) for name, tensor in self._buffers.items()}
+        view.num_lenses = num_lenses
         return view
 
     def row_tensors(self) -> dict[str, Tensor]:
@@ -98,3 +115,25 @@ class Head(nn.Module, ABC):
         theirs = source.state_dict()
         for name, tensor in self.state_dict().items():
             tensor[mask_N] = theirs[name][mask_N]
+
+
+def enlarged(tensor_N: Tensor, capacity: int) -> Tensor:
+    """The rows of a tensor with more behind them, which are undefined; the tensor itself if there are enough."""
+    if len(tensor_N) >= capacity:
+        return tensor_N
+    larger = tensor_N.new_empty(capacity, *tensor_N.shape[1:])
+    larger[: len(tensor_N)] = tensor_N
+    return larger
+
+
+def find_rows(names: Sequence[str], index: Mapping[str, int]) -> list[int]:
+    """Rows of some concepts.
+
+    Raises:
+        ConceptError: a name without a row, with the nearest names that have one.
+    """
+    for name in names:
+        if name not in index:
+            near = difflib.get_close_matches(name, index, n=3, cutoff=0.5)
+            raise ConceptError(f"no lens for concept {name!r}; nearest: {', '.join(near) or 'none'}")
+    return [index[name] for name in names]

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ftw.hat.lens import Head
+from ftw.hat.product import product, stored
 
 
 class LinearHead(Head):
     """logit_n(x) = w_n . x + b_n for N lenses.
 
     Shapes:
-        weight [N, W], bias [N].
+        weight [N, W], bias [N]; weight_step [N] when the weights are int8.
     """
+
+    weight_step: Tensor | None
 
     def __init__(self, num_lenses: int, width: int) -> None:
         super().__init__()
@@ -23,9 +26,10 @@ class LinearHead(Head):
         # Logistic regression is convex: zero is as good a start as any and needs no seed.
         self.weight = nn.Parameter(torch.zeros(num_lenses, width))
         self.bias = nn.Parameter(torch.zeros(num_lenses))
+        self.register_buffer("weight_step", None)
 
     def forward(self, x_BW: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x_BW, self.weight, self.bias)
+        return product(x_BW, self.weight, self.weight_step, self.bias)
 
     def weights(self) -> list[Tensor]:
         return [self.weight]
@@ -43,3 +47,17 @@ class LinearHead(Head):
         chosen.weight.copy_(self.weight[index])
         chosen.bias.copy_(self.bias[index])
         return chosen
+
+    def stored(self, precision: str) -> "LinearHead":
+        weight, step = stored(self.weight.detach(), precision)
+        kept = LinearHead(0, self.width)
+        kept.num_lenses, kept.weight_step = self.num_lenses, step
+        kept.weight, kept.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, self.bias.detach()))
+        return kept
+
+    @torch.no_grad()
+    def fold_norm(self, gain_NW: Tensor, shift_NW: Tensor) -> "LinearHead":
+        folded = LinearHead(self.num_lenses, self.width).train(self.training)
+        folded.weight.copy_(self.weight * gain_NW)
+        folded.bias.copy_(self.bias + (self.weight * shift_NW).sum(-1))
+        return folded

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ftw.errors import PackError
-from ftw.hat.bank import LensBank, build_bank, find_rows
+from ftw.hat.bank import LensBank, build_bank
 from ftw.hat.basis import Basis
-from ftw.hat.lens import Head, HeadConfig
+from ftw.hat.lens import Head, HeadConfig, find_rows
 from ftw.hat.mlp import MLPHead
 
 
@@ -57,7 +57,7 @@ class LensStack:
             heads=self.heads,
             scale_LN=self.scale_NL.T / num_layers,
             offset_N=self.offset_NL.mean(1),
-            quantiles_NQ=self.quantiles_NQ if self.quantiles_NQ.numel() else None,
+            quantiles_NQ=self.quantiles_NQ if self.levels_Q.numel() else None,
             levels_Q=self.levels_Q if self.levels_Q.numel() else None,
             basis=self.basis,
         )
@@ -127,30 +127,45 @@ def stack_from_tensors(
     read_width = basis_rank or width
     with torch.device("meta"):  # shapes only: what a hostile index declares is not allocated
         shapes = {name: tensor.shape[1:] for name, tensor in head.build(1, read_width).state_dict().items()}
-    checked = {name: _check(lens, name, (num, num_layers, *shape), where) for name, shape in shapes.items()}
+    checked = {name: check_tensor(lens, name, (num, num_layers, *shape), where) for name, shape in shapes.items()}
     shared = None
     if basis_rank:
-        mean_LD = _check(basis or {}, "mean", (num_layers, width), where)
-        shared = Basis(mean_LD, _check(basis or {}, "components", (num_layers, width, basis_rank), where))
-    heads = [head.build(num, read_width) for _ in layers]
+        mean_LD = check_tensor(basis or {}, "mean", (num_layers, width), where)
+        shared = Basis(mean_LD, check_tensor(basis or {}, "components", (num_layers, width, basis_rank), where))
+    with torch.device("meta"):  # random weights would take longer than the pack's own
+        heads = [head.build(num, read_width) for _ in layers]
     for layer, built in enumerate(heads):
-        built.load_state_dict({name: tensor[:, layer] for name, tensor in checked.items()})
-    optional = {}
-    for name in ("threshold", "threshold_1fpr"):
-        if name in calibration:
-            optional[f"{name}_N"] = _check(calibration, name, (num,), where)
-    if "quantiles" in calibration:
-        optional["levels_Q"] = _ascending(calibration, "levels", (calibration["quantiles"].shape[-1],), where)
-        optional["quantiles_NQ"] = _ascending(calibration, "quantiles", (num, len(optional["levels_Q"])), where)
+        built.load_state_dict({name: tensor[:, layer].contiguous() for name, tensor in checked.items()}, assign=True)
+    if "norm_weight" in lens:  # lenses with a layer norm of their own read the same normed state after this
+        gain_NLW, shift_NLW = (
+            check_tensor(lens, name, (num, num_layers, read_width), where) for name in ("norm_weight", "norm_bias")
+        )
+        heads = [built.fold_norm(gain_NLW[:, layer], shift_NLW[:, layer]) for layer, built in enumerate(heads)]
     return LensStack(
         names=names,
         layers=layers,
         heads=heads,
-        scale_NL=_check(calibration, "scale", (num, num_layers), where),
-        offset_NL=_check(calibration, "offset", (num, num_layers), where),
         basis=shared,
-        **optional,
+        **calibration_from_tensors(calibration, num, num_layers, where),
     )
+
+
+def calibration_from_tensors(
+    calibration: Mapping[str, Tensor], num: int, num_layers: int, where: str
+) -> dict[str, Tensor]:
+    """The calibration of a stack of `num` lenses from the tensors of a pack, by the stack's names.
+
+    Raises:
+        PackError: as `stack_from_tensors`.
+    """
+    found = {f"{name}_NL": check_tensor(calibration, name, (num, num_layers), where) for name in ("scale", "offset")}
+    for name in ("threshold", "threshold_1fpr"):
+        if name in calibration:
+            found[f"{name}_N"] = check_tensor(calibration, name, (num,), where)
+    if "quantiles" in calibration:
+        found["levels_Q"] = _ascending(calibration, "levels", (calibration["quantiles"].shape[-1],), where)
+        found["quantiles_NQ"] = _ascending(calibration, "quantiles", (num, len(found["levels_Q"])), where)
+    return found
 
 
 def head_of(stack: LensStack) -> HeadConfig:
@@ -193,22 +208,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _check(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], where: str) -> Tensor:
+def check_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], where: str) -> Tensor:
+    """A tensor of a pack as float32.
+
+    Raises:
+        PackError: it is missing, of another shape, or not finite.
+    """
     if name not in tensors:
         raise PackError(f"{where}: tensor {name!r} is missing (there are {', '.join(sorted(tensors)) or 'none'})")
     tensor = tensors[name]
     if tuple(tensor.shape) != shape:
         raise PackError(f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, its index says {shape}")
-    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+    if not tensor.is_floating_point() or not _finite(tensor):
         raise PackError(f"{where}: tensor {name!r} is {tensor.dtype} or holds numbers that are not finite")
     exact = tensor.float()
-    if not torch.isfinite(exact).all():
+    if not _finite(exact):
         raise PackError(f"{where}: tensor {name!r} holds numbers beyond float32")
     return exact
 
 
+def _finite(tensor: Tensor) -> bool:
+    # What is not finite shows in the sum, which takes one pass and no memory; large numbers may overflow it.
+    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
+
+
 def _ascending(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], where: str) -> Tensor:
-    tensor = _check(tensors, name, shape, where)
+    tensor = check_tensor(tensors, name, shape, where)
     if shape[-1] < 2 or (tensor.diff(dim=-1) < 0).any():
         raise PackError(f"{where}: tensor {name!r} does not ascend over at least two quantiles")
     return tensor

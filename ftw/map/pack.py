@@ -201,7 +201,7 @@ class LensPack:
             )
         try:
             recipe = Recipe.from_json(info["recipe"])
-            names_of = _read_results(folder, {int(level): int(num) for level, num in info["levels"].items()})
+            names_of = read_rows(folder, {int(level): int(num) for level, num in info["levels"].items()})
             stack = _read_stack(folder, recipe, names_of)
             pack = cls(
                 pack_id=str(info["pack_id"]),
@@ -269,8 +269,12 @@ def load_pack(folder: Path | str, *, levels: Sequence[int] | None = None) -> Len
     return LensPack.load(folder, levels=levels)
 
 
-def _read_results(folder: Path, levels: Mapping[int, int]) -> dict[int, dict[str, dict[str, Any]]]:
-    """Concept -> metrics for each level, in row order."""
+def read_rows(folder: Path, levels: Mapping[int, int]) -> dict[int, dict[str, dict[str, Any]]]:
+    """Concept -> metrics for each level, in row order.
+
+    Raises:
+        PackError: index and declared numbers disagree.
+    """
     rows_of = {}
     for level, num in sorted(levels.items()):
         path = safe_member(folder, f"layer{level}/results.json")
