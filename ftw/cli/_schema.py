@@ -46,15 +46,25 @@ class ConceptsJob:
 
 @dataclass(kw_only=True)
 class MonitorJob:
-    """`ftw monitor`."""
+    """`ftw monitor`.
+
+    Attributes:
+        mode: activation (what the model thinks), text (what it writes) or dual (both, and where they differ).
+        watch: concepts read at every token; they and all below them alarm above the percentile `alarm` (0.99 if null).
+        text_window: pieces of text that the text lenses read together.
+        levels: of the hierarchy that are read; null for all.
+    """
 
     pack: str = "runs/latest/pack"
     prompt: str | None = None
     text: str | None = None
     substrate: SubstrateConfig = field(default_factory=SubstrateConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    mode: str = "activation"
     top_k: int = 5
     watch: list[str] = field(default_factory=list)
+    alarm: float | None = None
+    text_window: int = 32
     levels: list[int] | None = None
     json: bool = False
     save: str | None = None

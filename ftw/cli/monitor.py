@@ -6,15 +6,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ftw.cat.divergence import dissonance
 from ftw.cli._schema import GenerationConfig, MonitorJob
 from ftw.cli._sources import Sources, lens_pack
 from ftw.cli._verb import verb
 from ftw.errors import ConfigError
+from ftw.hat.lineage import Lineage
 from ftw.hat.monitor import Monitor
-from ftw.hat.timeline import Timeline
+from ftw.hat.timeline import Timeline, TokenReading
 from ftw.map.pack import LensPack
+from ftw.substrate.model import Substrate
 from ftw.ui.colours import Colour, concept_colours
 from ftw.ui.terminal import LiveTokens
+from ftw.ui.watch import alarm_table, gap_table
 
 
 def monitor(job: MonitorJob) -> None:
@@ -24,23 +28,64 @@ def monitor(job: MonitorJob) -> None:
     pack = lens_pack(job.pack, levels=job.levels)
     substrate = Sources().substrate(job.substrate)
     pack.check(substrate)
-    meta = {"pack": pack.pack_id, "pack_version": pack.version}
-    reader = Monitor(substrate, pack.bank(), top_k=job.top_k, watch=job.watch, meta=meta)
+    reader = reader_of(job, pack, substrate)
+    colours = None if job.json else pack_colours(pack)
     if job.text is not None:
-        timeline = reader.read(job.text)
-        if job.json:
-            for reading in timeline.readings(job.top_k, watch=job.watch):
-                print(json.dumps(reading.record(), ensure_ascii=False))
-        else:
-            with LiveTokens(colours=pack_colours(pack)) as shown:
-                for reading in timeline.readings(job.top_k):
-                    shown.add(reading)
-                shown.finish(timeline)
+        timeline = read(reader, job.text, colours)
     else:
         assert job.prompt is not None  # one of the two is given
-        timeline = answer(reader, job.prompt, job.generation, job.seed, None if job.json else pack_colours(pack))
+        timeline = answer(reader, job.prompt, job.generation, job.seed, colours)
+    if reader.mode == "dual" and colours is not None:
+        Console().print(gap_table(dissonance(timeline, reader.written(timeline))))
     if job.save is not None:
         timeline.save(Path(job.save))
+
+
+def reader_of(job: MonitorJob, pack: LensPack, substrate: Substrate) -> Monitor:
+    """The monitor that a job describes, in its mode.
+
+    Raises:
+        ConfigError: no such mode, or a pack without the lenses for it. ConceptError: an unknown concept to watch.
+    """
+    return Monitor(
+        substrate,
+        None if job.mode == "text" else pack.bank(),
+        text=None if job.mode == "activation" else pack.text,
+        mode=job.mode,
+        top_k=job.top_k,
+        watch=job.watch,
+        alarm=job.alarm,
+        lineage=Lineage(pack.names, pack.levels, pack.concepts),
+        text_window=job.text_window,
+        meta={"pack": pack.pack_id, "pack_version": pack.version},
+    )
+
+
+def read(reader: Monitor, text: str, colours: dict[str, Colour] | None) -> Timeline:
+    """Show a given text with what was read in it, or write JSON lines where `colours` is None."""
+    readings: list[TokenReading] = []
+    timeline = reader.read(text, on_token=lambda _, reading: readings.append(reading))
+    if colours is None:
+        for reading in readings:
+            print(json.dumps(reading.record(), ensure_ascii=False))
+        return timeline
+    with LiveTokens(colours=colours) as shown:
+        for reading in readings:
+            shown.add(reading)
+        _finish(shown, timeline)
+    return timeline
+
+
+def cost_note(timeline: Timeline) -> str:
+    """What reading cost of each token's time, for the footer; and what could not be read."""
+    meta, parts = timeline.meta, list[str]()
+    if meta.get("mode") != "text":
+        parts.append(f"{meta['lens_ms_per_token']:.2f} ms of it for {len(timeline.concepts):,} lenses")
+    if "text_ms_per_token" in meta:
+        parts.append(f"{meta['text_ms_per_token']:.2f} ms of it for text lenses")
+    if missing := meta.get("num_missing", 0) + meta.get("num_text_missing", 0):
+        parts.append(f"{missing} readings missing ({meta.get('last_lens_error', 'states that are not finite')})")
+    return " · ".join(parts)
 
 
 def answer(
@@ -68,11 +113,15 @@ def answer(
             for reading in stream:
                 shown.add(reading)
             timeline = stream.timeline
-            shown.finish(
-                timeline,
-                note=f"{timeline.meta['lens_ms_per_token']:.2f} ms of it for {len(timeline.concepts):,} lenses",
-            )
+            _finish(shown, timeline)
     return timeline
+
+
+def _finish(shown: LiveTokens, timeline: Timeline) -> None:
+    """Legend, leading concepts, cost, and the alarms if there were any."""
+    shown.finish(timeline, note=cost_note(timeline))
+    if (alarms := alarm_table(shown.readings)) is not None:
+        shown.console.print(alarms)
 
 
 def pack_colours(pack: LensPack) -> dict[str, Colour]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ftw.errors import ConfigError, SubstrateError
 from ftw.hat.aperture import Aperture, ApertureConfig, Decision
-from ftw.hat.bank import _interpolate
+from ftw.hat.bank import _interpolate, find_rows
 from ftw.hat.holder import Holder
 from ftw.hat.lineage import Lineage
 from ftw.hat.text import TextBank
@@ -303,3 +303,53 @@ class _Clock:
     def done(self) -> dict[str, float]:
         parts = {name: self.ms.get(name, 0.0) for name in ("initial_detection", "child_loading", "cache_management")}
         return {**parts, "total": 1000 * (time.perf_counter() - self._start)}
+
+
+class ApertureBank:
+    """Lenses behind an aperture as a bank for the monitor: N logits a state, NaN where the aperture is closed.
+
+    The states of several sequences go through one aperture, in order: what opens for one is read for all.
+    """
+
+    def __init__(self, lenses: LiveLenses) -> None:
+        if lenses.activation is None:
+            raise ConfigError("a monitor reads states; use activation lenses")
+        self._lenses, self._holder = lenses, lenses.activation
+        self.names, self._index = list(self._holder.names), {name: n for n, name in enumerate(self._holder.names)}
+        self._rows_N = lenses.lineage.rows(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self._holder.layers)
+
+    @property
+    def width(self) -> int:
+        return self._holder.width
+
+    @property
+    def calibrated(self) -> bool:
+        return self._holder.calibrated
+
+    def __call__(self, states_BLD: Tensor, /) -> Tensor:
+        """One tick for each state."""
+        ticks = [self._lenses.read(state_1LD).logits(ACTIVATION) for state_1LD in states_BLD.split(1)]
+        return torch.from_numpy(np.stack(ticks)[:, self._rows_N])
+
+    def rows_of(self, names: Sequence[str], /) -> Tensor:
+        return torch.tensor(find_rows(names, self._index), dtype=torch.long)
+
+    def rank(self, logits_BN: Tensor, /) -> Tensor:
+        """Percentile, ties by logit; logits where there is no background."""
+        return self.percentile(logits_BN) + 1e-6 * torch.sigmoid(logits_BN) if self.calibrated else logits_BN
+
+    def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor:
+        """Share of background that each logit exceeds; NaN where it was not read."""
+        logits = logits_BN.numpy()
+        places = np.broadcast_to(np.arange(len(self)), logits.shape) if lenses is None else lenses.numpy()
+        result, there = np.full(logits.shape, np.nan, dtype=np.float32), ~np.isnan(logits)
+        if self.calibrated and there.any():
+            result[there] = self._holder.percentile(logits[there], places[there])
+        return torch.from_numpy(result)

@@ -19,56 +19,95 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, S
 
 from ftw.errors import ConfigError, SubstrateError
 from ftw.hat.bank import LensBank
-from ftw.hat.recorder import OnToken, Recorder
+from ftw.hat.lineage import Lineage
+from ftw.hat.live_text import Comparison, LiveText
+from ftw.hat.readout import Readout, TextLenses
+from ftw.hat.recorder import Bank, OnToken, Recorder
+from ftw.hat.text import TextBank
+from ftw.hat.text_window import text_timeline
 from ftw.hat.timeline import Timeline, TokenReading
 from ftw.substrate.model import Substrate
 from ftw.substrate.taps import Tap
 
+MODES = ("activation", "text", "dual")
 # Options of `generate` that the monitor fills in itself.
 OWN_OPTIONS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "return_dict_in_generate")
 
 
 class Monitor:
-    """Lenses over a substrate.
+    """Lenses over a substrate: what it thinks (activation), what it writes (text), or both and their difference (dual).
 
     Args:
         substrate: the model under observation.
-        bank: the lenses; they must have been trained on this substrate.
-        top_k: concepts in each token's reading.
+        bank: the activation lenses; they must have been trained on this substrate. None in text mode.
+        text: the text lenses; None in activation mode.
+        mode: "activation", "text" or "dual"; None: what there are lenses for.
+        top_k: concepts in each token's reading, of each kind, and differences in dual mode.
         watch: concepts read at every token, whether strong or not.
+        alarm: percentile from which a watched concept, or one below it, is told as an alarm; None for 0.99.
+        lineage: who stands below whom, for alarms; None: the watched concepts alone.
+        text_window: pieces that the text lenses read together.
         meta: kept with every timeline (pack id, version).
 
+    A lens that fails while a model generates costs its reading (`is_missing`, counted in the timeline's meta), not the
+    generation.
+
     Raises:
-        ConceptError: an unknown concept in `watch`. ConfigError: a negative `top_k`.
+        ConceptError: an unknown concept in `watch`.
+        ConfigError: a negative `top_k`, an alarm that is no percentile, a mode without its lenses.
         SubstrateError: the bank reads states of another width, or layers that the substrate does not have.
     """
 
     def __init__(
         self,
         substrate: Substrate,
-        bank: LensBank,
+        bank: LensBank | Bank | None = None,
         *,
+        text: TextBank | None = None,
+        mode: str | None = None,
         top_k: int = 5,
         watch: Sequence[str] = (),
+        alarm: float | None = None,
+        lineage: Lineage | None = None,
+        text_window: int = 32,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
-        if bank.width != substrate.width:
-            raise SubstrateError(
-                f"the lenses read states of width {bank.width}; {substrate.name!r} has width {substrate.width}. "
-                "Load the substrate that the pack names"
+        self.mode = _mode(mode, bank, text)
+        self.substrate, self.top_k, self.watch = substrate, top_k, list(watch)
+        self.bank = None if bank is None or self.mode == "text" else _fitting(bank, substrate)
+        self.text = None if self.mode == "activation" else text
+        told = {"top_k": top_k, "alarm": alarm, "lineage": lineage}
+        self._live = None if self.text is None else LiveText(self.text, tokens=text_window)
+        written = None if self.text is None else TextLenses(self.text)
+        lenses = self.bank if self.bank is not None else written
+        assert lenses is not None  # `_mode` has seen to it
+        self._readout, self._comparison = Readout(lenses, watch=self.watch, **told), None
+        if self.bank is not None and written is not None:
+            self._comparison = Comparison(
+                readout=Readout(written, top_k=top_k),
+                names=self.bank.names,
+                by_percentile=self.bank.calibrated and written.calibrated,
+                top_k=top_k,
             )
-        if top_k < 0:
-            raise ConfigError(f"top_k={top_k}: choose 0 or more concepts a token")
-        substrate.layers(bank.layers)
-        self.substrate, self.bank = substrate, bank.to(substrate.device).eval()
-        self.top_k, self.watch = top_k, list(watch)
-        self._watch_rows = bank.rows_of(self.watch)
+        # In text mode no lens reads a state; one block is tapped all the same, to know which tokens have been passed.
+        self._layers = (0,) if self.bank is None else tuple(self.bank.layers)
         self._meta = {
             "substrate": substrate.name,
             "fingerprint": substrate.fingerprint,
-            "layers": list(bank.layers),
+            "layers": [] if self.bank is None else list(self.bank.layers),
+            "mode": self.mode,
             **(meta or {}),
         }
+
+    def written(self, timeline: Timeline) -> Timeline:
+        """What the text lenses say at every token of a timeline, to set against what the lenses said.
+
+        Raises:
+            ConfigError: a monitor without text lenses.
+        """
+        if self.text is None or self._live is None:
+            raise ConfigError("this monitor has no text lenses; give text=pack.text and mode='dual'")
+        return text_timeline(timeline, self.text, tokens=self._live.tokens)
 
     def generate(
         self,
@@ -109,14 +148,15 @@ class Monitor:
         return Stream(self, prompt, options)
 
     @torch.inference_mode()
-    def read(self, text: str) -> Timeline:
+    def read(self, text: str, *, on_token: OnToken | None = None) -> Timeline:
         """Read a text that is already there: one forward pass, no generation."""
         token_ids = self.substrate.encode(text)
         self._check_length(len(token_ids), 0)
-        recorder = self._recorder([text], [token_ids])
+        recorder = self._recorder([text], [token_ids], on_token=on_token)
         ids = torch.tensor([token_ids], device=self.substrate.device)
-        with Tap(self.substrate, self.bank.layers, recorder.on_states, stop=True):
+        with Tap(self.substrate, self._layers, recorder.on_states, stop=True):
             self.substrate.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        recorder.finish(ids)
         return recorder.timelines(ids.cpu(), self._meta, texts=[text])[0]
 
     @torch.inference_mode()
@@ -144,7 +184,7 @@ class Monitor:
         devices, output = [device] if device.type == "cuda" else [], None
         with (
             torch.random.fork_rng(devices, enabled=seed is not None),
-            Tap(self.substrate, self.bank.layers, recorder.on_states),
+            Tap(self.substrate, self._layers, recorder.on_states),
         ):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -165,8 +205,10 @@ class Monitor:
         return Recorder(
             substrate=self.substrate,
             bank=self.bank,
-            top_k=self.top_k,
-            watch_rows_V=self._watch_rows,
+            layers=self._layers,
+            readout=self._readout,
+            text=self._live,
+            comparison=self._comparison,
             prompts=prompts,
             encoded=encoded,
             **options,
@@ -258,6 +300,33 @@ class _StopWhen(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
+
+
+def _mode(mode: str | None, bank: object | None, text: object | None) -> str:
+    """The mode asked for, or the one that there are lenses for.
+
+    Raises:
+        ConfigError: no such mode, or no lenses for it.
+    """
+    mode = mode or ("dual" if bank is not None and text is not None else "text" if bank is None else "activation")
+    if mode not in MODES:
+        raise ConfigError(f"mode={mode!r}: choose {', '.join(MODES)}")
+    if bank is None and mode != "text":
+        raise ConfigError(f"mode={mode!r} needs activation lenses; give a bank, or use mode='text'")
+    if text is None and mode != "activation":
+        raise ConfigError(f"mode={mode!r} needs text lenses, and this pack has none; use mode='activation'")
+    return mode
+
+
+def _fitting(bank: LensBank | Bank, substrate: Substrate) -> Bank:
+    """The lenses, where the substrate is; refused if they cannot read it."""
+    if bank.width != substrate.width:
+        raise SubstrateError(
+            f"the lenses read states of width {bank.width}; {substrate.name!r} has width {substrate.width}. "
+            "Load the substrate that the pack names"
+        )
+    substrate.layers(bank.layers)
+    return bank.to(substrate.device).eval() if isinstance(bank, LensBank) else bank
 
 
 def _left_padded(encoded: Sequence[Sequence[int]], longest: int, pad: int) -> tuple[Tensor, Tensor]:

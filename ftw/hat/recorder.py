@@ -8,8 +8,8 @@ Axes: B sequences, T tokens, L layers, N lenses, M readings at once, K kept.
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,12 +17,38 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ftw.errors import SubstrateError
-from ftw.hat.bank import LensBank
-from ftw.hat.timeline import Reading, Timeline, TokenReading
+from ftw.hat.live_text import CANDIDATES, Comparison, LiveText
+from ftw.hat.readout import Readable, Readout, Told
+from ftw.hat.text_window import text_timeline
+from ftw.hat.timeline import Gap, Reading, Timeline, TokenReading
 from ftw.substrate.model import Substrate
 
 OnToken = Callable[[int, TokenReading], None]
 POSITIONS_AT_ONCE = 512  # readings of a long prompt are computed in parts, to bound the memory of what lies between
+
+
+class Bank(Readable, Protocol):
+    """Activation lenses: a bank, or lenses behind an aperture, whose logits are NaN where they were not read."""
+
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+    @property
+    def width(self) -> int: ...
+    def __call__(self, states_BLD: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Token:
+    """A token that is about to be told: its place among the rows of logits, and what the text lenses say."""
+
+    at: int
+    row: int
+    position: int
+    token_id: int
+    piece: str
+    is_prompt: bool
+    is_special: bool
+    written_N: Tensor | None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -30,16 +56,20 @@ class Recorder(StoppingCriteria):
     """Turns tapped states into readings, and tells them as soon as the token is known.
 
     Attributes:
-        substrate, bank: the model and the lenses. top_k, watch_rows_V: what a token's reading holds.
+        substrate, bank: the model and the lenses; without a bank only what is written is read.
+        layers: of the substrate, whose states come. readout: what is told of the bank, or of the text lenses alone.
+        text, comparison: the text lenses, and how they are set against the bank's; None where that is not asked for.
         prompts, encoded: what is asked, as text and as tokens.
         stop_ids: tokens that end an answer. criteria: the caller's own stopping criteria.
         on_token: told each reading.
     """
 
     substrate: Substrate
-    bank: LensBank
-    top_k: int
-    watch_rows_V: Tensor
+    bank: Bank | None
+    layers: Sequence[int]
+    readout: Readout
+    text: LiveText | None = None
+    comparison: Comparison | None = None
     prompts: Sequence[str]
     encoded: Sequence[Sequence[int]]
     stop_ids: Collection[int] = ()
@@ -48,14 +78,18 @@ class Recorder(StoppingCriteria):
 
     def __post_init__(self) -> None:
         self._pending: dict[int, Tensor] = {}
-        self._logits: list[Tensor] = []  # [B, t, N] parts, on the device until the end
+        self._logits: list[Tensor] = []  # [B, t, N] parts, on the device until the end; t only without a bank
+        self._num_rows = 0
         self._num_read, self._num_told, self._telling = 0, 0, False
         self._total = self._prompt_width = max(len(ids) for ids in self.encoded)
         self._special_ids = set(self.substrate.tokenizer.all_special_ids)
         self._template = [self._template_mask(ids, text) for ids, text in zip(self.encoded, self.prompts, strict=True)]
         self._ends: list[int | None] = []  # where each answer ended; what follows is padding
         self._pieces: list[Pieces] = []
-        self._lens_seconds, self._ms, self._clock = 0.0, [], time.perf_counter()
+        self._lens_seconds, self._text_seconds, self._ms, self._clock = 0.0, 0.0, [], time.perf_counter()
+        self._last_error = ""
+        if self.text is not None:
+            self.text.begin()
 
     def on_states(self, layer: int, states_BTD: Tensor) -> None:
         """Keep a block's output; when the deepest wanted layer has come, read the lenses."""
@@ -64,16 +98,16 @@ class Recorder(StoppingCriteria):
         # Without a KV cache a pass goes over the whole sequence again: only what is new counts.
         num_new = min(states_BTD.shape[1], self._total - self._num_read)
         self._pending[layer] = states_BTD[:, states_BTD.shape[1] - num_new :]
-        if len(self._pending) == len(self.bank.layers):
-            self._read([self._pending[layer] for layer in self.bank.layers], num_new)
+        if len(self._pending) == len(self.layers):
+            self._read([self._pending[layer] for layer in self.layers], num_new)
             self._pending.clear()
 
     def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
         """Note which rows have ended, tell what was read; only the caller's criteria stop anything."""
         num_rows = len(input_ids)
-        if num_rows % len(self.encoded) or num_rows != len(self._logits[-1]):
+        if num_rows % len(self.encoded) or num_rows != self._num_rows:
             raise SubstrateError(
-                f"{len(self.encoded)} prompts, {num_rows} sequences and {len(self._logits[-1])} rows of states: "
+                f"{len(self.encoded)} prompts, {num_rows} sequences and {self._num_rows} rows of states: "
                 "this way of decoding reorders what the lenses read; use sampling or greedy decoding"
             )
         done_B = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)
@@ -89,21 +123,16 @@ class Recorder(StoppingCriteria):
 
     def finish(self, sequences: Tensor) -> None:
         """Tell what was read after the last step."""
-        self._ends = [sequences.shape[1] if end is None else end for end in self._ends]
+        ends = self._ends or [None] * len(sequences)
+        self._ends = [sequences.shape[1] if end is None else end for end in ends]
         self._tell(sequences)
 
     def timelines(
         self, sequences: Tensor, meta: Mapping[str, Any], *, texts: Sequence[str] | None = None
     ) -> list[Timeline]:
         """One timeline a sequence, padding left out. `texts`: of what is timed; default: the answers."""
-        logits_BTN = torch.cat(self._logits, dim=1)
-        percentiles_BTN, rank_BTN = torch.empty_like(logits_BTN), torch.empty_like(logits_BTN)
-        for start in range(0, logits_BTN.shape[1], POSITIONS_AT_ONCE):
-            for row, logits_TN in enumerate(logits_BTN[:, start : start + POSITIONS_AT_ONCE]):
-                part = (row, slice(start, start + len(logits_TN)))
-                percentiles_BTN[part], rank_BTN[part] = self.bank.percentile(logits_TN), self.bank.rank(logits_TN)
-        meta = {**meta, "lens_ms_per_token": round(1000 * self._lens_seconds / max(self._num_read, 1), 4)}
-        values = [tensor.cpu().numpy() for tensor in (logits_BTN, percentiles_BTN, rank_BTN)]
+        values = self._matrices()
+        meta = {**meta, **self._costs(values)}
         ends = self._ends or [sequences.shape[1]] * len(sequences)
         result = []
         for row, (ids, end) in enumerate(zip(sequences.tolist(), ends, strict=True)):
@@ -112,8 +141,37 @@ class Recorder(StoppingCriteria):
             start = self._prompt_width - len(self.encoded[prompt])
             kept = slice(start, min(end, self._num_read))
             text = None if texts is None else texts[prompt]
-            result.append(self._timeline(prompt, ids[kept], [matrix[row, kept] for matrix in values], text, meta))
+            timeline = self._timeline(prompt, ids[kept], [matrix[row, kept] for matrix in values], text, meta)
+            if self.bank is None and self.text is not None:
+                written = text_timeline(timeline, self.text.bank, tokens=self.text.tokens)
+                timeline = replace(written, ms_per_token=timeline.ms_per_token)
+            result.append(timeline)
         return result
+
+    def _matrices(self) -> list[np.ndarray]:
+        """Logits, percentiles and ranks of everything read, [B, T, N] each; NaN without a bank."""
+        if self.bank is None:
+            return [np.full((self._num_rows, self._num_read, len(self.readout.lenses)), np.nan, np.float32)] * 3
+        logits_BTN = torch.cat(self._logits, dim=1)
+        percentiles_BTN, rank_BTN = torch.empty_like(logits_BTN), torch.empty_like(logits_BTN)
+        for start in range(0, logits_BTN.shape[1], POSITIONS_AT_ONCE):
+            for row, logits_TN in enumerate(logits_BTN[:, start : start + POSITIONS_AT_ONCE]):
+                part = (row, slice(start, start + len(logits_TN)))
+                percentiles_BTN[part], rank_BTN[part] = self.bank.percentile(logits_TN), self.bank.rank(logits_TN)
+        return [tensor.cpu().numpy() for tensor in (logits_BTN, percentiles_BTN, rank_BTN)]
+
+    def _costs(self, values: list[np.ndarray]) -> dict[str, Any]:
+        """Milliseconds a token, and readings that are missing."""
+        num = max(self._num_read, 1)
+        costs: dict[str, Any] = {"lens_ms_per_token": round(1000 * self._lens_seconds / num, 4)}
+        if self.bank is not None:
+            costs["num_missing"] = int(np.isnan(values[0]).all(axis=2).sum())
+        if self.text is not None:
+            costs |= {"text_ms_per_token": round(1000 * self._text_seconds / num, 4)}
+            costs |= {"text_window_tokens": self.text.tokens, "num_text_missing": self.text.num_failed}
+        if error := self._last_error or (self.text.last_error if self.text is not None else ""):
+            costs["last_lens_error"] = error
+        return costs
 
     def _timeline(
         self, prompt: int, ids: list[int], values: list[np.ndarray], text: str | None, meta: Mapping[str, Any]
@@ -133,7 +191,7 @@ class Recorder(StoppingCriteria):
             token_ids=np.array(ids),
             is_prompt=np.arange(len(ids)) < num_given,
             is_special=np.array(is_special),
-            concepts=self.bank.names,
+            concepts=list(self.readout.lenses.names),
             logits_TN=values[0],
             percentiles_TN=values[1],
             rank_TN=values[2],
@@ -147,17 +205,27 @@ class Recorder(StoppingCriteria):
         return num_rows // len(self.encoded)
 
     def _read(self, states: list[Tensor], num_new: int) -> None:
-        start = time.perf_counter()
-        logits = [
-            self.bank(
-                torch.stack([layer_BTD[:, at : at + POSITIONS_AT_ONCE] for layer_BTD in states], dim=2).flatten(0, 1)
-            )
-            for at in range(0, num_new, POSITIONS_AT_ONCE)
-        ]
-        num_rows = len(states[0])
-        self._logits.append(torch.cat([part.unflatten(0, (num_rows, -1)) for part in logits], dim=1))
+        self._num_rows = len(states[0])
+        if self.bank is not None:
+            start = time.perf_counter()
+            logits = [
+                self._logits_of(torch.stack([layer_BTD[:, at : at + POSITIONS_AT_ONCE] for layer_BTD in states], dim=2))
+                for at in range(0, num_new, POSITIONS_AT_ONCE)
+            ]
+            self._logits.append(torch.cat(logits, dim=1))
+            self._lens_seconds += time.perf_counter() - start
         self._num_read += num_new
-        self._lens_seconds += time.perf_counter() - start
+
+    def _logits_of(self, states_BTLD: Tensor) -> Tensor:
+        """Logits of some states, [B, T, N]; NaN where the lenses failed, or a number is not finite."""
+        assert self.bank is not None  # asked only with one
+        shape = states_BTLD.shape[:2]
+        try:
+            logits_BTN = self.bank(states_BTLD.flatten(0, 1)).unflatten(0, shape)
+        except Exception as error:  # noqa: BLE001 (a generation must not die because a lens does)
+            self._last_error = f"{type(error).__name__}: {error}"
+            return torch.full((*shape, len(self.bank)), torch.nan, device=states_BTLD.device)
+        return logits_BTN.masked_fill(~logits_BTN.isfinite(), torch.nan)
 
     def _tell(self, sequences: Tensor) -> None:
         """Hand over readings of positions that were read and whose tokens are known."""
@@ -166,24 +234,59 @@ class Recorder(StoppingCriteria):
             self._ms.append(1000 * (now - self._clock))
         self._clock = now
         if self.on_token is not None and self._num_read > self._num_told:
-            # Every read but those of a prompt in chunks appends one part, and each is told before the next one comes.
-            new_BTN = self._logits[-1] if self._num_told or len(self._logits) == 1 else torch.cat(self._logits, dim=1)
             ids = sequences[:, self._num_told : self._num_read].tolist()
             self._telling = True
             try:
                 for at in range(0, len(ids[0]), POSITIONS_AT_ONCE):
                     part = slice(at, at + POSITIONS_AT_ONCE)
-                    self._tell_part(self._num_told + at, [row[part] for row in ids], new_BTN[:, part], self.on_token)
+                    self._tell_part(self._num_told + at, [row[part] for row in ids], self._new(part), self.on_token)
             finally:
                 self._telling = False
         self._num_told = self._num_read
 
-    def _tell_part(self, first: int, ids: list[list[int]], logits_BTN: Tensor, on_token: OnToken) -> None:
+    def _new(self, part: slice) -> Tensor | None:
+        """Logits of a part of what has been read and not been told, [B, t, N]."""
+        if self.bank is None:
+            return None
+        # Every read but those of a prompt in chunks appends one part, and each is told before the next one comes.
+        new_BTN = self._logits[-1] if self._num_told or len(self._logits) == 1 else torch.cat(self._logits, dim=1)
+        return new_BTN[:, part]
+
+    def _tell_part(self, first: int, ids: list[list[int]], logits_BTN: Tensor | None, on_token: OnToken) -> None:
         """Tell some positions of all rows: position by position, row by row."""
-        num_rows, num_new = logits_BTN.shape[:2]
-        top, watched = self._readings(logits_BTN.flatten(0, 1))
+        begun = time.perf_counter()
+        tokens = self._tokens(first, ids)
+        written = self._written(tokens)
+        read = time.perf_counter()
+        self._text_seconds += read - begun if self.text is not None else 0.0
+        thought, gaps = self._thought(tokens, logits_BTN)
+        self._lens_seconds += time.perf_counter() - read if self.bank is not None else 0.0
+        for place, token in enumerate(tokens):
+            told = written[place] if self.bank is None else thought[place]
+            on_token(
+                token.row,
+                TokenReading(
+                    position=token.position,
+                    token=token.piece,
+                    token_id=token.token_id,
+                    is_prompt=token.is_prompt,
+                    is_special=token.is_special,
+                    top=told.top,
+                    watch=told.watch,
+                    ms=None if token.is_prompt or not self._ms else self._ms[-1],
+                    text=written[place].top if self.comparison is not None else None,
+                    dissonance=gaps[place] if self.comparison is not None else None,
+                    alarms=() if token.is_special else told.alarms,
+                    is_missing=self.bank is not None and not told.top and self.readout.top_k > 0,
+                ),
+            )
+
+    def _tokens(self, first: int, ids: list[list[int]]) -> list[_Token]:
+        """The tokens of some positions, decoded, and what the text lenses say after each."""
+        num_rows, num_new = len(ids), len(ids[0])
         self._pieces = self._pieces or [Pieces(self.substrate) for _ in ids]
         ends = [end if end is not None else first + num_new + 1 for end in self._ends]
+        tokens = []
         for step in range(num_new):
             for row in range(num_rows):
                 prompt, position = row // self._repeats(num_rows), first + step
@@ -192,33 +295,42 @@ class Recorder(StoppingCriteria):
                     continue
                 token, is_prompt, at = ids[row][step], position < self._prompt_width, row * num_new + step
                 special = self._template[prompt][position - start] if is_prompt else token in self._special_ids
-                on_token(
-                    row,
-                    TokenReading(
-                        position=position - start,
-                        token=self._pieces[row].add(token, last=position == ends[row] - 1),
-                        token_id=token,
-                        is_prompt=is_prompt,
-                        is_special=special,
-                        top=top[at],
-                        watch=watched[at],
-                        ms=None if is_prompt or not self._ms else self._ms[-1],
-                    ),
-                )
+                piece = self._pieces[row].add(token, last=position == ends[row] - 1)
+                live, flags = self.text, {"is_prompt": is_prompt, "is_special": special}
+                said_N = None if live is None else live.push(row, piece, **flags)
+                tokens.append(_Token(at, row, position - start, token, piece, is_prompt, special, said_N))
+        return tokens
 
-    def _readings(self, logits_MN: Tensor) -> tuple[list[list[Reading]], list[list[Reading]]]:
-        """The strongest and the watched concepts of each state; percentiles are computed for these alone."""
-        bank = self.bank
-        index_MK = bank.rank(logits_MN).nan_to_num(-torch.inf).topk(min(self.top_k, len(bank)), dim=-1).indices
-        index = torch.cat([index_MK, self.watch_rows_V.expand(len(logits_MN), -1)], dim=1)
-        logit = logits_MN.gather(1, index)
-        values = torch.stack([logit, torch.sigmoid(logit), bank.percentile(logit, index)], dim=-1).tolist()
-        readings = [
-            [Reading(bank.names[n], *numbers) for n, numbers in zip(*row, strict=True)]
-            for row in zip(index.tolist(), values, strict=True)
-        ]
-        kept = index_MK.shape[1]
-        return [row[:kept] for row in readings], [row[kept:] for row in readings]
+    def _written(self, tokens: Sequence[_Token]) -> list[Told]:
+        """What the text lenses say of each token; nothing of a special one."""
+        readout = self.readout if self.comparison is None else self.comparison.readout
+        said = [token.written_N for token in tokens if token.written_N is not None]
+        told = iter(readout(torch.stack(said)) if said else ())
+        nothing = Told([], self._unread(readout), [], [])
+        return [nothing if token.written_N is None else next(told) for token in tokens]
+
+    def _thought(self, tokens: Sequence[_Token], logits_BTN: Tensor | None) -> tuple[list[Told], list[list[Gap]]]:
+        """What the lenses say of each token, and where what is written differs from it."""
+        if logits_BTN is None:
+            return [], []
+        places = torch.tensor([token.at for token in tokens], dtype=torch.long, device=logits_BTN.device)
+        logits_MN = logits_BTN.flatten(0, 1)[places]
+        if self.comparison is None:
+            return self.readout(logits_MN), []
+        compare = self.comparison
+        asked = [self.readout.strongest(logits_MN, CANDIDATES)]
+        blank_N = torch.full((len(compare.readout.lenses),), torch.nan)
+        written_MN = torch.stack([blank_N if token.written_N is None else token.written_N for token in tokens])
+        asked.append(compare.candidates(written_MN).clamp_min(0).to(logits_MN.device))
+        told = self.readout(logits_MN, torch.cat(asked, dim=1))
+        pairs = zip(told, written_MN, strict=True)
+        return told, [compare.gaps([*one.top, *one.watch, *one.asked], said_N) for one, said_N in pairs]
+
+    @staticmethod
+    def _unread(readout: Readout) -> list[Reading]:
+        """The watch list of a token that could not be read."""
+        names = [readout.lenses.names[row] for row in readout.watch_rows_V.tolist()]
+        return [Reading(name, np.nan, np.nan, np.nan) for name in names]
 
     def _template_mask(self, given: Sequence[int], prompt: str) -> list[bool]:
         """Which tokens of a prompt belong to the tokenizer or the chat template, not to the user's text."""

@@ -35,6 +35,28 @@ class Reading(NamedTuple):
     percentile: float
 
 
+class Gap(NamedTuple):
+    """One concept, thought and written: its activation and text reading in [0, 1], and activation − text."""
+
+    concept: str
+    activation: float
+    text: float
+    signed: float
+
+    def record(self) -> dict[str, Any]:
+        """The same as plain data for JSON, with the size of the difference beside its sign."""
+        numbers = {"activation": self.activation, "text": self.text, "divergence": abs(self.signed)}
+        numbers |= {"signed": self.signed}
+        return {"concept": self.concept, **{name: round(value, 4) for name, value in numbers.items()}}
+
+
+class Alarm(NamedTuple):
+    """A watched concept, or one below it, above the alarm percentile."""
+
+    watched: str
+    reading: Reading
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenReading:
     """What the lenses said at one token.
@@ -45,6 +67,10 @@ class TokenReading:
         top: the strongest concepts, strongest first.
         watch: the concepts on the watch list, in its order.
         ms: milliseconds from the token before to this one; None where nobody measured.
+        text: the concepts written the most, by the text lenses; None where they were not asked.
+        dissonance: the largest differences between thought and written; None as above.
+        alarms: watched concepts, and those below them, above the alarm percentile.
+        is_missing: the lenses could not read this token's state.
     """
 
     position: int
@@ -55,10 +81,14 @@ class TokenReading:
     top: Sequence[Reading] = ()
     watch: Sequence[Reading] = ()
     ms: float | None = None
+    text: Sequence[Reading] | None = None
+    dissonance: Sequence[Gap] | None = None
+    alarms: Sequence[Alarm] = ()
+    is_missing: bool = False
 
     def record(self) -> dict[str, Any]:
-        """The same as plain data for JSON, numbers rounded."""
-        return {
+        """The same as plain data for JSON, numbers rounded; what was not asked for is left out."""
+        record: dict[str, Any] = {
             "position": self.position,
             "token": self.token,
             "token_id": self.token_id,
@@ -68,6 +98,13 @@ class TokenReading:
             "watch": [_record(reading) for reading in self.watch],
             "ms": None if self.ms is None else round(self.ms, 3),
         }
+        if self.text is not None:
+            record["text"] = [_record(reading) for reading in self.text]
+        if self.dissonance is not None:
+            record["dissonance"] = [gap.record() for gap in self.dissonance]
+        if self.alarms:
+            record["alarms"] = [{"watched": alarm.watched, **_record(alarm.reading)} for alarm in self.alarms]
+        return record | ({"is_missing": True} if self.is_missing else {})
 
 
 @dataclass(kw_only=True, eq=False)

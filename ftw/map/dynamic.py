@@ -23,7 +23,7 @@ from ftw.cat.divergence import dissonance_rows
 from ftw.errors import ConfigError, FTWError
 from ftw.hat.aperture import ApertureConfig
 from ftw.hat.deployment import DeploymentManifest, fingerprint, preset
-from ftw.hat.dynamic import ACTIVATION, TEXT, LiveLenses, Tick
+from ftw.hat.dynamic import ACTIVATION, TEXT, ApertureBank, LiveLenses, Tick
 from ftw.hat.holder import Holder, ResidentLenses
 from ftw.hat.lineage import Lineage
 from ftw.hat.timeline import sigmoid
@@ -180,6 +180,15 @@ class DynamicLensManager:
             "dissonance": dissonance_rows(read[ACTIVATION], read[TEXT]),
             "timing": self._timing(tick),
         }
+
+    @property
+    def bank(self) -> ApertureBank:
+        """The same lenses for `Monitor(substrate, manager.bank)`, which then reads through this aperture.
+
+        Raises:
+            ConfigError: the manager has no activation lenses.
+        """
+        return ApertureBank(self.lenses)
 
     # --- loading -----------------------------------------------------------------------------------------------------
 

@@ -141,11 +141,15 @@ def token_text(readings: Timeline | Iterable[TokenReading], colours: Mapping[str
 
 
 def token_style(reading: TokenReading, colours: Mapping[str, Colour]) -> Style:
-    """How a token is written: on its concept's colour if that reads above the floor, the prompt dim, else plain."""
+    """How a token is written: on its concept's colour if that reads above the floor, the prompt dim, else plain.
+
+    A token with an alarm is bold and underlined besides.
+    """
     colour = colours.get(concept) if (concept := strongest(reading)) is not None else None
+    mark = True if reading.alarms else None
     if colour is not None:
-        return Style(bgcolor=colour.dark, color=colour.dark_ink, dim=None)
-    return Style(dim=True) if reading.is_prompt else Style()
+        return Style(bgcolor=colour.dark, color=colour.dark_ink, dim=None, bold=mark, underline=mark)
+    return Style(dim=True if reading.is_prompt else None, bold=mark, underline=mark)
 
 
 def strongest(reading: TokenReading) -> str | None:

@@ -1,0 +1,184 @@
+"""From the logits of all lenses at a token to the few readings that are told: the strongest, the watched, the alarms.
+
+Activation and text lenses are read out alike. One copy a token comes from the device, of the rows that are told.
+
+Axes: M tokens at once, N lenses, K kept, V watched, G guarded (watched, or below a watched one), C asked for besides.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftw.errors import ConfigError
+from ftw.hat.bank import _interpolate, find_rows
+from ftw.hat.lineage import Lineage
+from ftw.hat.text import TextBank
+from ftw.hat.timeline import Alarm, Reading, sigmoid
+
+BISECTIONS, LOGIT_LIMIT = 60, 1e4
+
+
+class Readable(Protocol):
+    """N lenses that compare and rank logits, whoever computed them."""
+
+    @property
+    def names(self) -> list[str]: ...
+    @property
+    def calibrated(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def rows_of(self, names: Sequence[str], /) -> Tensor: ...
+    def rank(self, logits_BN: Tensor, /) -> Tensor: ...
+    def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor: ...
+
+
+class TextLenses:
+    """A text bank as `Readable`: its logits ranked against the background text it was given."""
+
+    def __init__(self, bank: TextBank) -> None:
+        self.bank, self.names = bank, list(bank.names)
+        self._quantiles_NQ = torch.empty(len(bank), 0)
+        self._levels_Q = torch.empty(0)
+        if bank.quantiles_NQ is not None and bank.levels_Q is not None:
+            self._quantiles_NQ, self._levels_Q = torch.from_numpy(bank.quantiles_NQ), torch.from_numpy(bank.levels_Q)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def calibrated(self) -> bool:
+        return self._quantiles_NQ.shape[1] > 0
+
+    def rows_of(self, names: Sequence[str], /) -> Tensor:
+        return torch.tensor(find_rows(names, {name: row for row, name in enumerate(self.names)}), dtype=torch.long)
+
+    def rank(self, logits_BN: Tensor, /) -> Tensor:
+        """Distance from the background median in units of its upper spread, as activation lenses are compared."""
+        return (logits_BN - self._median_spread[0]) / self._median_spread[1] if self.calibrated else logits_BN
+
+    def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor:
+        if lenses is None or not self.calibrated:
+            return self.bank.percentile(logits_BN)
+        quantiles_MQ = self._quantiles_NQ[lenses.flatten()]
+        return _interpolate(logits_BN.reshape(-1, 1), quantiles_MQ, self._levels_Q).view_as(logits_BN)
+
+    @cached_property
+    def _median_spread(self) -> tuple[Tensor, Tensor]:
+        median_N, upper_N = (self._quantiles_NQ[:, int((self._levels_Q - q).abs().argmin())] for q in (0.5, 0.99))
+        return median_N, (upper_N - median_N).clamp_min(1e-6)
+
+
+class Told(NamedTuple):
+    """What is told of one token: readings without NaN (missing), but for the watch list, which is always whole."""
+
+    top: list[Reading]
+    watch: list[Reading]
+    alarms: list[Alarm]
+    asked: list[Reading]
+
+
+class Readout:
+    """The strongest and the watched lenses of each token, and which of the guarded ones are above the alarm.
+
+    Args:
+        top_k: strongest concepts told. watch: concepts told always.
+        alarm: percentile from which a watched concept, or one below it, is told as an alarm; None for 0.99.
+        lineage: who stands below whom; None guards the watched concepts alone.
+
+    Raises:
+        ConceptError: an unknown concept in `watch`.
+        ConfigError: a negative `top_k`, an alarm outside (0, 1], or one asked of lenses without background.
+    """
+
+    def __init__(
+        self,
+        lenses: Readable,
+        *,
+        top_k: int,
+        watch: Sequence[str] = (),
+        alarm: float | None = None,
+        lineage: Lineage | None = None,
+    ) -> None:
+        if top_k < 0:
+            raise ConfigError(f"top_k={top_k}: choose 0 or more concepts a token")
+        if alarm is not None and not 0 < alarm <= 1:
+            raise ConfigError(f"alarm={alarm} is a percentile as a share; choose one above 0 and at most 1, say 0.999")
+        if alarm is not None and watch and not lenses.calibrated:
+            raise ConfigError(f"alarm={alarm}: these lenses have no background to take a percentile from; leave it out")
+        self.lenses, self.top_k = lenses, top_k
+        self.watch_rows_V = lenses.rows_of(watch)
+        self._watched_by = guarded(lenses.names, watch, lineage)
+        self._guarded_G = lenses.rows_of(list(self._watched_by))
+        self._limits_G = self._alarm_logits(0.99 if alarm is None else alarm)
+
+    def __call__(self, logits_MN: Tensor, asked_MC: Tensor | None = None) -> list[Told]:
+        """Read out M tokens; `asked_MC`: rows of further lenses to tell of each."""
+        lenses, num = self.lenses, len(logits_MN)
+        index_MK = self.strongest(logits_MN, self.top_k)
+        parts = [index_MK, self.watch_rows_V.expand(num, -1), *([] if asked_MC is None else [asked_MC])]
+        index = torch.cat(parts, dim=1)
+        logit = logits_MN.gather(1, index)
+        guarded_MG = logits_MN[:, self._guarded_G]
+        numbers = torch.stack([logit, torch.sigmoid(logit), lenses.percentile(logit, index)], dim=-1)
+        fires_MG = guarded_MG >= self._limits_G
+        copied = torch.cat([numbers.flatten(1), index, fires_MG], dim=1).cpu()  # one copy from the device
+        cells = index.shape[1]
+        numbers_MX3 = copied[:, : 3 * cells].view(num, cells, 3).tolist()
+        rows_MX = copied[:, 3 * cells : 4 * cells].long().tolist()
+        ends = (index_MK.shape[1], index_MK.shape[1] + len(self.watch_rows_V))
+        told = []
+        for m in range(num):
+            all_read = [Reading(lenses.names[n], *x) for n, x in zip(rows_MX[m], numbers_MX3[m], strict=True)]
+            alarms = self._alarms(logits_MN[m], copied[m, 4 * cells :])
+            top, watch, asked = all_read[: ends[0]], all_read[ends[0] : ends[1]], all_read[ends[1] :]
+            told.append(Told([one for one in top if one.logit == one.logit], watch, alarms, asked))
+        return told
+
+    def strongest(self, logits_MN: Tensor, k: int) -> Tensor:
+        """Rows of the k strongest lenses of each token, [M, K]."""
+        k = min(k, len(self.lenses))
+        return self.lenses.rank(logits_MN).nan_to_num(-torch.inf).topk(k, dim=-1).indices
+
+    def _alarms(self, logits_N: Tensor, fires_G: Tensor) -> list[Alarm]:
+        """The guarded concepts that fire, highest percentile first."""
+        if not fires_G.any():
+            return []
+        rows = self._guarded_G[fires_G.bool().to(self._guarded_G.device)]
+        percentile_F = self.lenses.percentile(logits_N[rows][None], rows[None])[0].tolist()
+        names = [self.lenses.names[row] for row in rows.tolist()]
+        alarms = [
+            Alarm(self._watched_by[name], Reading(name, logit, float(sigmoid(np.array(logit))), percentile))
+            for name, logit, percentile in zip(names, logits_N[rows].tolist(), percentile_F, strict=True)
+        ]
+        return sorted(alarms, key=lambda alarm: -alarm.reading.percentile)
+
+    def _alarm_logits(self, alarm: float) -> Tensor:
+        """The lowest logit of each guarded lens whose percentile is at least `alarm`, [G]; never reached without one.
+
+        Percentiles rise with logits, so it is found by halving; at each token one comparison is left to do.
+        """
+        low_G = torch.full((len(self._guarded_G),), -LOGIT_LIMIT, device=self._guarded_G.device)
+        high_G = -low_G
+        if not self.lenses.calibrated or not len(low_G):
+            return torch.full_like(low_G, torch.inf)
+        for _ in range(BISECTIONS):
+            middle_G = (low_G + high_G) / 2
+            reached_G = self.lenses.percentile(middle_G[None], self._guarded_G[None])[0] >= alarm
+            low_G, high_G = torch.where(reached_G, low_G, middle_G), torch.where(reached_G, middle_G, high_G)
+        return high_G
+
+
+def guarded(names: Sequence[str], watch: Sequence[str], lineage: Lineage | None) -> Mapping[str, str]:
+    """Watched concepts and those below them, each with the watched one it is guarded for."""
+    known, found = set(names), dict[str, str]()
+    for watched in watch:
+        found[watched] = watched
+    for watched in watch:
+        if lineage is not None and watched in lineage.row_of:
+            for name in lineage.names_of(lineage.reach(lineage.row_of[watched]).tolist()):
+                if name in known:
+                    found.setdefault(name, watched)
+    return found
