@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ftw.hat.timeline import TokenReading as TokenReading
     from ftw.map.collect import collect as collect
     from ftw.map.concept import ConceptPack as ConceptPack
+    from ftw.map.dynamic import DynamicLensManager as DynamicLensManager
     from ftw.map.encyclopedia import Encyclopedia as Encyclopedia
     from ftw.map.pack import LensPack as LensPack
     from ftw.map.pack import load_pack as load_pack
@@ -42,6 +43,7 @@ _HOME = {
     "Timeline": "ftw.hat.timeline",
     "ConceptPack": "ftw.map.concept",
     "SampleTable": "ftw.map.samples",
+    "DynamicLensManager": "ftw.map.dynamic",
     "Encyclopedia": "ftw.map.encyclopedia",
     "collect": "ftw.map.collect",
     "LensPack": "ftw.map.pack",

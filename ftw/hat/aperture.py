@@ -276,16 +276,19 @@ class Aperture:
                 continue
             del self._age[parent]
             self._pinned.discard(parent)
-            self._uses_N[self._below[parent]] -= 1
+            below = self._below[parent]
+            self._uses_N[below] -= 1
             closed.append(parent)
-            waiting += [row for row in self._age if not self.base_N[row] and self._uses_N[row] == 0]
+            waiting += below[~self.base_N[below] & (self._uses_N[below] == 0)].tolist()
         return closed
 
     def _make_room(self, num_rows: int, values_KN: np.ndarray, drop: Drop) -> list[int]:
         """Close the families that have cooled longest until `num_rows` more fit; none that is strong now."""
         limit, closed, before_N = self.config.max_loaded, list[int](), self.scored_N
+        if not limit or int(before_N.sum()) + num_rows <= limit:
+            return closed
         cooling = sorted((p for p in self._age if self._age[p] and p not in self._pinned), key=lambda p: -self._age[p])
-        for parent in cooling if limit else ():
+        for parent in cooling:
             if int(self.scored_N.sum()) + num_rows <= limit:
                 break
             closed += self._close([parent])
@@ -295,12 +298,14 @@ class Aperture:
     def _cool(self, values_KN: np.ndarray, drop: Drop) -> list[int]:
         """Age the families that nothing speaks for, and close those that have cooled long enough."""
         best_N, top_N = strongest_kind(values_KN), self._among_top(values_KN)
-        over, before_N = list[int](), self.scored_N
-        for parent in self._age:
-            if parent in self._pinned or np.isnan(best_N[parent]):
+        over, before_N, parents_of = list[int](), self.scored_N, self.lineage.parents_of
+        above_top = {parent for row in np.flatnonzero(top_N).tolist() for parent in parents_of[row]}
+        open_parents = list(self._age)
+        best = best_N[open_parents].tolist()
+        for parent, value, is_top in zip(open_parents, best, top_N[open_parents].tolist(), strict=True):
+            if value != value or parent in self._pinned:
                 continue  # a missing reading says nothing
-            speaks = best_N[parent] >= self.config.unload_threshold
-            alive = speaks and (top_N[parent] or bool(top_N[self._below[parent]].any()))
+            alive = value >= self.config.unload_threshold and (is_top or parent in above_top)
             self._age[parent] = 0 if alive else self._age[parent] + 1
             if self._age[parent] > self.config.cooldown_ticks:
                 over.append(parent)

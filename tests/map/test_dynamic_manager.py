@@ -10,10 +10,12 @@ from random_lenses import random_stack
 
 from ftw.errors import ConceptError, ConfigError, FTWError, PackError, SubstrateError
 from ftw.hat.deployment import DeploymentManifest, fingerprint
+from ftw.hat.shelf import ShelfConfig
 from ftw.hat.text import TextBank, TextLens
 from ftw.map.concept import Concept, ConceptPack
 from ftw.map.dynamic import DynamicLensManager
 from ftw.map.pack import LensPack, Recipe
+from ftw.map.pack_index import PackIndex, open_shelf
 from ftw.substrate.model import Substrate
 
 PARENTS: dict[str, list[str]] = {
@@ -243,3 +245,20 @@ def test_watched_concepts_are_always_read(pack: LensPack):
     manager = dual(pack, load_threshold=1.0, unload_threshold=1.0, watch=["Animal"], keep_top_k=1)
     results, _ = manager.detect_and_expand(state())
     assert {"Animal", "Cat"} <= {name for name, _, _ in results}
+
+
+def test_on_a_shelf_with_room_for_half_the_readings_are_the_same(pack: LensPack, tmp_path: Path):
+    folder = pack.save(tmp_path / "pack")
+    row_bytes = PackIndex.open(folder).cold().bank(1).slots.row_bytes
+    with open_shelf(folder, ShelfConfig(hot_mb=3.5 * row_bytes / 2**20)) as shelf:
+        resident, loaded = dual(pack), dual(pack, holder=shelf)
+        for seed in range(8):
+            one, other = (
+                manager.detect_and_expand_dual(hidden_state=state(seed), token_text=" cat")
+                for manager in (resident, loaded)
+            )
+            for kind in ("activation_scores", "text_scores", "combined_scores"):
+                assert one[kind] == pytest.approx(other[kind], abs=1e-5)
+            assert resident.get_loaded_fingerprint() == loaded.get_loaded_fingerprint()
+        assert loaded.statistics["holder"]["cold_loads"] > 0
+        assert loaded.statistics["errors"] == 0
