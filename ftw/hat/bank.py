@@ -92,7 +92,7 @@ class LensBank(nn.Module):
         self.refresh()
 
     def hot(self, capacity: int, *, precision: str = "float32") -> "LensBank":
-        """A bank of the same lenses with room for `capacity` of them, its weights in another precision if asked.
+        """A copy of the bank with room for `capacity` lenses, its weights in another precision if asked.
 
         Raises:
             ConfigError: less room than lenses, or no such precision.

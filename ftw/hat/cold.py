@@ -218,7 +218,7 @@ class ColdLenses:
         found = [name for name in names if name not in failed]
         try:
             bank = self._stack(found, wide).bank()
-            return bank.hot(len(found), precision=precision), failed
+            return bank if precision == "float32" else bank.hot(len(found), precision=precision), failed
         except FTWError as error:  # numbers that are not finite, or too large for the precision
             if len(found) > 1:
                 parts = [self._folded([name], precision) for name in found]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ftw.errors import ConceptError, ConfigError
+from ftw.hat.pages import empty_rows
 
 FAMILIES = ("linear", "mlp")
 
@@ -91,7 +92,7 @@ class Head(nn.Module, ABC):
         return self._with(stop - start, lambda tensor: tensor[start:stop])
 
     def with_room(self, capacity: int) -> "Head":
-        """The head with rows for more lenses behind its own; what stands in those is undefined."""
+        """A copy of the head with rows for more lenses behind its own; what stands in those is undefined."""
         return self._with(capacity, lambda tensor: enlarged(tensor, capacity))
 
     def _with(self, num_lenses: int, change: Callable[[Tensor], Tensor]) -> "Head":
@@ -118,10 +119,8 @@ class Head(nn.Module, ABC):
 
 
 def enlarged(tensor_N: Tensor, capacity: int) -> Tensor:
-    """The rows of a tensor with more behind them, which are undefined; the tensor itself if there are enough."""
-    if len(tensor_N) >= capacity:
-        return tensor_N
-    larger = tensor_N.new_empty(capacity, *tensor_N.shape[1:])
+    """A copy of the rows of a tensor with others behind them, which are undefined."""
+    larger = empty_rows(capacity, tensor_N)
     larger[: len(tensor_N)] = tensor_N
     return larger
 

@@ -20,6 +20,7 @@ PRECISIONS = {
 }
 FEW = 4  # states up to which memory traffic decides, not arithmetic
 BLOCK = 64
+CACHED_BYTES = 2**20  # of a core's second-level cache
 FINE = 254  # a coarse step of an int8 state is split into this many fine ones: half a step is 127 of them
 
 
@@ -86,8 +87,13 @@ def _int8(x_BW: Tensor, weight_MW: Tensor, step_M: Tensor) -> Tensor:
     coarse_BW = steps_BW.round()
     fine_BW = ((steps_BW - coarse_BW) * FINE).round_()
     if len(x_BW) <= FEW:  # one row at a time is a plain read of the weights; several rows would repack them first
-        rows = zip(coarse_BW.to(torch.int8).split(1), fine_BW.to(torch.int8).split(1), strict=True)
-        sums_BM = torch.cat([_integer(one, weight_MW) + _integer(other, weight_MW) / FINE for one, other in rows])
+        rows = list(zip(coarse_BW.to(torch.int8).split(1), fine_BW.to(torch.int8).split(1), strict=True))
+        # In parts that stay in the cache, for all but the first product to find them there.
+        parts = weight_MW.split(max(1, CACHED_BYTES // weight_MW.shape[1]))
+        sums = [
+            torch.cat([_integer(one, part) + _integer(other, part) / FINE for one, other in rows]) for part in parts
+        ]
+        sums_BM = torch.cat(sums, dim=1)
     else:
         coarse_BM, fine_BM = _integer(torch.cat([coarse_BW, fine_BW]).to(torch.int8), weight_MW).chunk(2)
         sums_BM = coarse_BM + fine_BM / FINE

@@ -6,9 +6,6 @@ comes, else by the last row. A hot bank stands on slots, and so does every other
 Axes: first axis of every tensor = row of a lens.
 """
 
-import contextlib
-import ctypes
-import mmap
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -16,9 +13,9 @@ from torch import Tensor
 
 from ftw.errors import ConceptError, ConfigError
 from ftw.hat.lens import find_rows
+from ftw.hat.pages import populate
 
 WIDE_BYTES = 16 * 2**10  # rows from here on are copied one by one: in one call they would pass through a temporary
-HUGE_PAGES, POPULATE_WRITE = 14, 23  # advice to Linux (linux/mman.h)
 
 
 class Slots:
@@ -138,8 +135,7 @@ class Slots:
     def populate(self) -> None:
         """Have the system back all rows with memory now: done on first use, that would take longer than a load."""
         for tensor in self.tensors.values():
-            if tensor.device.type == "cpu":
-                _populate(tensor)
+            populate(tensor)
 
     def _close(self, holes: Sequence[int]) -> None:
         """Fill gaps from the end, so that the filled rows are a prefix again."""
@@ -188,14 +184,3 @@ def _pick(source: Tensor, rows: Sequence[int], *, pinned: bool, copied: bool) ->
     # Only from pinned memory does a copy to the device run beside the computation.
     stage = torch.empty(len(rows), *source.shape[1:], dtype=source.dtype, pin_memory=True)
     return torch.index_select(source, 0, index, out=stage)
-
-
-def _populate(tensor: Tensor) -> None:
-    """Ask Linux for the pages of a tensor, large ones if it has them; elsewhere they come when they are written."""
-    with contextlib.suppress(AttributeError, OSError):
-        madvise = ctypes.CDLL(None).madvise
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
-        for advice in (HUGE_PAGES, POPULATE_WRITE):
-            if size > 0:
-                madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)

@@ -219,15 +219,16 @@ def check_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...
     tensor = tensors[name]
     if tuple(tensor.shape) != shape:
         raise PackError(f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, its index says {shape}")
-    if not tensor.is_floating_point() or not _finite(tensor):
+    if not tensor.is_floating_point() or not is_finite(tensor):
         raise PackError(f"{where}: tensor {name!r} is {tensor.dtype} or holds numbers that are not finite")
     exact = tensor.float()
-    if not _finite(exact):
+    if not is_finite(exact):
         raise PackError(f"{where}: tensor {name!r} holds numbers beyond float32")
     return exact
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number is finite."""
     # What is not finite shows in the sum, which takes one pass and no memory; large numbers may overflow it.
     return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
 

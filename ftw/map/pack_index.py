@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ftw import paths
 from ftw.errors import PackError
 from ftw.hat.cold import ColdLenses
 from ftw.hat.lens import HeadConfig
 from ftw.hat.shelf import Shelf, ShelfConfig
-from ftw.hat.store import read_tensors
+from ftw.hat.store import is_finite, read_tensors
 from ftw.map.manifest import NAME, read_json, safe_member, sha256, verify_manifest
 from ftw.map.pack import SCHEMA, Recipe, read_rows
 
@@ -134,9 +132,8 @@ def _verify(folder: Path) -> dict[str, Any]:
 def _check_finite(path: Path) -> None:
     """A lens that is read later, row by row, is not looked through again."""
     for name, tensor in read_tensors(path).items():
-        for rows in tensor.split(64):
-            if not torch.isfinite(rows).all():
-                raise PackError(f"{path}: tensor {name!r} holds numbers that are not finite; do not use this pack")
+        if tensor.is_floating_point() and not all(is_finite(rows) for rows in tensor.split(64)):
+            raise PackError(f"{path}: tensor {name!r} holds numbers that are not finite; do not use this pack")
 
 
 def _state(path: Path) -> tuple[int, int, int, int]:
