@@ -205,9 +205,9 @@ class LensBank(nn.Module):
         if not self.calibrated:
             return torch.full_like(logits_BN, torch.nan)
         if lenses is None:
-            return _interpolate(logits_BN.T.contiguous(), self.quantiles, self.levels).T
+            return _interpolate(logits_BN.T, self.quantiles, self.levels).T
         flat = lenses.flatten()
-        return _interpolate(logits_BN.reshape(-1, 1).contiguous(), self.quantiles[flat], self.levels).view_as(logits_BN)
+        return _interpolate(logits_BN.reshape(-1, 1), self.quantiles[flat], self.levels).view_as(logits_BN)
 
     def rank(self, logits_BN: Tensor) -> Tensor:
         """What lenses are compared by: distance from the background median in units of its upper spread.
@@ -313,6 +313,7 @@ def build_bank(
 
 def _interpolate(logits_MB: Tensor, quantiles_MQ: Tensor, levels_Q: Tensor) -> Tensor:
     """Percentile of each value in its row's quantiles, [M, B]; a value on a flat step stands in its middle."""
+    quantiles_MQ, logits_MB = quantiles_MQ.contiguous(), logits_MB.contiguous()  # torch warns of anything else
     last = quantiles_MQ.shape[1] - 1
     first = torch.searchsorted(quantiles_MQ, logits_MB)
     above = first.clamp(1, last)
