@@ -17,6 +17,11 @@ help:
 	@echo 'make setup    .venv with everything for development'
 	@echo 'make clean    remove caches and .venv; runs/ and $$FTW_HOME stay'
 
+# Scripts in a virtual environment name its folder: one that was moved is made anew.
+ifneq ($(shell cat .venv/.place 2>/dev/null),$(CURDIR))
+$(shell rm -f .venv/.installed-*)
+endif
+
 # The demo needs less than the tests do; either is installed anew only when a pin or a dependency changed.
 .venv/.installed-train: pyproject.toml constraints.txt
 	@PYTHON='$(PYTHON)' .ci/install train
