@@ -25,30 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftw.errors import ConceptError, DataError
-from ftw.hat.timeline import SURPRISE_LIMIT, Timeline
+from ftw.hat.timeline import SURPRISE_LIMIT, Gap, Timeline
 
 KINDS = ("percentile", "probability", "surprise")
 # Beyond a fifth on either side a concept counts as thought and not written, or as written and not thought.
 ALIGNED = 0.2
 CONCEPTS_AT_ONCE = 512
-
-
-class Gap(NamedTuple):
-    """One concept: its activation and text reading (or their means) and the difference, activation − text."""
-
-    concept: str
-    activation: float
-    text: float
-    signed: float
-
-    def record(self) -> dict[str, Any]:
-        """The same as plain data for JSON, with the size of the difference beside its sign."""
-        numbers = {"activation": self.activation, "text": self.text, "divergence": abs(self.signed)}
-        return {
-            "concept": self.concept,
-            **{k: round(v, 4) for k, v in numbers.items()},
-            "signed": round(self.signed, 4),
-        }
 
 
 class Lag(NamedTuple):

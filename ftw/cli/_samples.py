@@ -12,6 +12,7 @@ from ftw.map.labelled import LabelledConfig, read
 from ftw.map.samples import SampleTable
 from ftw.map.wordnet import WordNet
 from ftw.substrate.model import Substrate
+from ftw.ui.steps import Steps
 
 
 @dataclass
@@ -42,6 +43,19 @@ def samples(job: Any, substrate: Substrate | None, sources: Sources, *, concepts
         table = compose(pack, wordnet, substrate, data, job.seed)
         return Samples(table, pack, [f"{len(pack)} concepts on {len(pack.levels)} levels", *describe(table)])
     raise ConfigError("data is of no known kind; choose data=wordnet or data=labelled")
+
+
+def prepare(job: Any, sources: Sources, run_steps: Steps) -> tuple[Substrate, Samples]:
+    """Load the substrate and make the samples of a job, telling each step."""
+    with run_steps.step("Load the substrate") as step:
+        substrate = sources.substrate(job.substrate)
+        step.note(f"{substrate.name}, {substrate.num_layers} blocks of width {substrate.width}")
+    with run_steps.step("Make the samples") as step:
+        made = samples(job, substrate, sources)
+        step.note(made.lines[0])
+    for line in made.lines[1:]:
+        run_steps.console.print(f"       {line}", style="dim", highlight=False, markup=False)
+    return substrate, made
 
 
 def describe(table: SampleTable) -> list[str]:

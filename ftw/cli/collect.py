@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from ftw.cli import _run
-from ftw.cli._samples import capture, samples
+from ftw.cli._samples import capture, prepare
 from ftw.cli._schema_train import DATA, CollectJob
 from ftw.cli._sources import Sources
 from ftw.cli._verb import verb
@@ -17,14 +17,7 @@ def run(job: CollectJob) -> None:
     """Collect what is missing, or with dry_run=true say what it would cost."""
     console = Console()
     run_steps, sources = steps(console=console), Sources()
-    with run_steps.step("Load the substrate") as step:
-        substrate = sources.substrate(job.substrate)
-        step.note(f"{substrate.name}, {substrate.num_layers} blocks of width {substrate.width}")
-    with run_steps.step("Make the samples") as step:
-        made = samples(job, substrate, sources)
-        step.note(made.lines[0])
-    for line in made.lines[1:]:
-        console.print(f"       {line}", style="dim", highlight=False, markup=False)
+    substrate, made = prepare(job, sources, run_steps)
     if not job.dry_run:
         _run.begin(job)
     config = capture(job.map.encyclopedia, made.table)

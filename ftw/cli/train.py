@@ -10,7 +10,7 @@ from rich.console import Console
 from ftw import paths
 from ftw.cli import _run
 from ftw.cli._lightning import CHECKPOINTS, loggers_closed, make_trainer
-from ftw.cli._samples import Samples, capture, samples
+from ftw.cli._samples import Samples, capture, prepare
 from ftw.cli._schema_train import DATA, TrainJob
 from ftw.cli._sources import Sources
 from ftw.cli._verb import verb
@@ -47,14 +47,7 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
         known = sorted(paths.runs().glob(f"**/{CHECKPOINTS}/*.ckpt"))
         there = f"the newest is {_run.shown(known[-1])}" if known else f"{_run.shown(paths.runs())} has none"
         raise ConfigError(f"resume={job.resume}: no such checkpoint; {there}")
-    with run_steps.step("Load the substrate") as step:
-        substrate = sources.substrate(job.substrate)
-        step.note(f"{substrate.name}, {substrate.num_layers} blocks of width {substrate.width}")
-    with run_steps.step("Make the samples") as step:
-        made = samples(job, substrate, sources)
-        step.note(made.lines[0])
-    for line in made.lines[1:]:
-        console.print(f"       {line}", style="dim", highlight=False, markup=False)
+    substrate, made = prepare(job, sources, run_steps)
     config = capture(job.map.encyclopedia, made.table)
     if job.dry_run:
         cost = estimate(made.table, config.spec(substrate), substrate, measure=True)

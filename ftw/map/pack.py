@@ -193,12 +193,7 @@ class LensPack:
         """
         folder = Path(folder)
         verify_manifest(folder)
-        info = read_json(folder / "pack_info.json")
-        if info.get("schema") != SCHEMA:
-            raise PackError(
-                f"pack {folder} has schema {info.get('schema')!r}; this FTW reads {SCHEMA}; "
-                "update FTW or train it again"
-            )
+        info = read_info(folder)
         try:
             recipe = Recipe.from_json(info["recipe"])
             names_of = read_rows(folder, {int(level): int(num) for level, num in info["levels"].items()})
@@ -262,6 +257,20 @@ class LensPack:
         for name in self.names:
             by_level.setdefault(self.levels.get(name, 0), []).append(name)
         return dict(sorted(by_level.items()))
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The pack_info.json of a pack.
+
+    Raises:
+        PackError: it is not readable, or of another version of the format.
+    """
+    info = read_json(folder / "pack_info.json")
+    if info.get("schema") != SCHEMA:
+        raise PackError(
+            f"pack {folder} has schema {info.get('schema')!r}; this FTW reads {SCHEMA}; update FTW or train it again"
+        )
+    return info
 
 
 def load_pack(folder: Path | str, *, levels: Sequence[int] | None = None) -> LensPack:

@@ -19,7 +19,7 @@ from ftw.hat.lens import HeadConfig
 from ftw.hat.shelf import Shelf, ShelfConfig
 from ftw.hat.store import is_finite, read_tensors
 from ftw.map.manifest import NAME, read_json, safe_member, sha256, verify_manifest
-from ftw.map.pack import SCHEMA, Recipe, read_rows
+from ftw.map.pack import Recipe, read_info, read_rows
 
 
 @dataclass(kw_only=True)
@@ -45,12 +45,7 @@ class PackIndex:
         """
         folder = Path(folder).absolute()
         known = _verify(folder)
-        info = read_json(folder / "pack_info.json")
-        if info.get("schema") != SCHEMA:
-            raise PackError(
-                f"pack {folder} has schema {info.get('schema')!r}; this FTW reads {SCHEMA}; "
-                "update FTW or train it again"
-            )
+        info = read_info(folder)
         try:
             levels = {int(level): int(num) for level, num in info["levels"].items()}
             rows = known.get("rows")
