@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
-.PHONY: help setup demo test slow lint format clean
+.PHONY: help setup demo test slow lint format bench clean
 
 help:
 	@echo 'make demo     from nothing to a live reading and runs/latest/report.html'
@@ -14,6 +14,7 @@ help:
 	@echo 'make slow     the tests with the real model as well'
 	@echo 'make lint     format, lint, import contracts, dependencies, types'
 	@echo 'make format   ruff format'
+	@echo 'make bench    what reading N lenses costs a token'
 	@echo 'make setup    .venv with everything for development'
 	@echo 'make clean    remove caches and .venv; runs/ and $$FTW_HOME stay'
 
@@ -53,6 +54,9 @@ lint: .venv/.installed-dev
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: .venv/.installed-train
+	@$(BIN)/python experiments/bank/run.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -37,7 +37,7 @@ def test_a_readme_or_a_hidden_file_beside_the_pack_is_harmless(folder: Path):
     (folder / "README.md").write_text("hello")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "x.json").write_text("{}")
-    verify_manifest(folder)
+    assert "README.md" not in verify_manifest(folder)
 
 
 @pytest.mark.parametrize("name", ["text.json", "basis.safetensors", "layer0/more", "hierarchy/pack.json"])
