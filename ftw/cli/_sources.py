@@ -14,8 +14,6 @@ from ftw.substrate.sources import Fetched, fetch, hash_file
 
 SOURCE = "source:"
 
-SOURCE = "source:"
-
 
 def lens_pack(folder: str, *, levels: list[int] | None = None) -> LensPack:
     """The pack in a folder.

@@ -2,16 +2,14 @@
 
 Every row says one thing: this text is (1) or is not (0) about this concept. Rows that cannot be used are counted by
 reason and named by file and line; what would make a figure dishonest (a text or a group on both sides of the split, a
-text with two labels) never reaches training. Exact duplicates are found here; near-duplicates are the business of the
-`group` column.
+text with two labels) never reaches training. Duplicates are left out, and near-duplicates are one group.
 """
 
 import difflib
 import glob
-import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,10 +17,13 @@ from typing import Any, TypeAlias
 from rich.progress import track
 
 from ftw.errors import ConfigError, DataError
+from ftw.map.division import Row, chosen_places, divide, join_near_duplicates
 from ftw.map.rows import MAX_TEXT_CHARACTERS, read_rows, stem, supported
 from ftw.map.samples import SPLITS, SampleTable, SampleTableBuilder
 
-OVER_MAX = "over max_rows_per_split"
+OVER_MAX = "over max_rows"
+# Rows looked at for every row wanted: duplicates, leaks and groups of one label only take some of them away.
+LOOK_AT = 3
 
 
 @dataclass(kw_only=True)
@@ -40,7 +41,10 @@ class LabelledConfig:
             scikit-learn's LabelEncoder and so in sae-probes).
         skip_non_binary: leave out concepts whose rows have other than two different labels, instead of their bad rows.
         test_fraction: share of each label that becomes test where there is no split column.
-        max_rows_per_split: at most so many rows of each label, concept and split; drawn from the seed.
+        max_rows: by split, at most so many rows of each label and concept; drawn from the seed. Where rows are divided
+            here, three times as many are looked at, which bounds the search for near-duplicates too.
+        max_characters: what is over is cut off before anything else is done with a text; 0 cuts nothing.
+        near_duplicates: Jaccard similarity of word runs from which on texts of a concept share a group; 0: do not look.
     """
 
     kind: str = "labelled"
@@ -54,7 +58,9 @@ class LabelledConfig:
     string_labels: str = "error"
     skip_non_binary: bool = False
     test_fraction: float = 0.3
-    max_rows_per_split: int | None = None
+    max_rows: dict[str, int] = field(default_factory=dict)
+    max_characters: int = 0
+    near_duplicates: float = 0.7
 
 
 @dataclass(kw_only=True)
@@ -62,6 +68,7 @@ class RowReport:
     """What became of every row: `num_rows` = `num_kept` + all the rejected.
 
     Attributes:
+        num_near_duplicates: rows that share a group with a row of nearly the same words.
         rejected: reason -> the rows, as "file:line".
         counts: concept -> "train/0", "train/1", "test/0", "test/1" -> rows kept.
         notes: sentences about choices made for the reader.
@@ -69,6 +76,7 @@ class RowReport:
 
     num_rows: int = 0
     num_kept: int = 0
+    num_near_duplicates: int = 0
     rejected: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -79,23 +87,12 @@ class RowReport:
         for reason, where in sorted(self.rejected.items(), key=lambda item: -len(item[1])):
             more = f" and {len(where) - places:,} more" if len(where) > places else ""
             told.append(f"  {len(where):,} left out: {reason} ({', '.join(where[:places])}{more})")
+        if self.num_near_duplicates:
+            told.append(f"  {self.num_near_duplicates:,} rows nearly repeat another: each such group stays on one side")
         return told + [f"  {note}" for note in self.notes]
 
 
-@dataclass(slots=True)
-class _Row:
-    """One usable line of a file; `label` is as read until it is encoded."""
-
-    place: str
-    concept: str
-    text: str
-    label: Any
-    split: str | None
-    group: str
-    columns: dict[str, str]
-
-
-_ByConcept: TypeAlias = dict[str, list[_Row]]
+_ByConcept: TypeAlias = dict[str, list[Row]]
 
 
 def read(config: LabelledConfig, seed: int) -> tuple[SampleTable, RowReport]:
@@ -119,13 +116,18 @@ def read(config: LabelledConfig, seed: int) -> tuple[SampleTable, RowReport]:
     marked = {name: [row for row in rows if row.split != "background"] for name, rows in by_concept.items()}
     marked = {name: rows for name, rows in marked.items() if rows}
     _encode_labels(marked, config, report)
-    for name, rows in marked.items():
+    for name, rows in track(marked.items(), "checking rows", disable=len(marked) < 10, transient=True):
         rows = _without_contradictions(rows, report)
         rows = _without_duplicates(rows, report)
-        if all(row.split is None for row in rows):
-            _divide(rows, config.test_fraction, seed)
+        whole = all(row.split is None for row in rows)
+        if whole and config.max_rows:
+            rows = _capped(rows, {"": LOOK_AT * sum(config.max_rows.values())}, seed, report)
+        if config.near_duplicates:
+            report.num_near_duplicates += join_near_duplicates(rows, config.near_duplicates)
+        if whole:
+            divide(rows, config.test_fraction, seed)
         rows = _without_leaks(rows, report)
-        marked[name] = _capped(rows, config.max_rows_per_split, seed, report)
+        marked[name] = _capped(rows, config.max_rows, seed, report)
     for name, rows in marked.items():
         report.counts[name] = _count(rows)
     _check_classes(report)
@@ -138,8 +140,13 @@ def _check_options(config: LabelledConfig) -> None:
         raise ConfigError(f"data.string_labels={config.string_labels!r}: the choices are error, sorted")
     if not 0 < config.test_fraction < 1:
         raise ConfigError(f"data.test_fraction={config.test_fraction}: must lie between 0 and 1, without both ends")
-    if config.max_rows_per_split is not None and config.max_rows_per_split < 1:
-        raise ConfigError(f"data.max_rows_per_split={config.max_rows_per_split}: must be at least 1 (or null for all)")
+    for split, limit in config.max_rows.items():
+        if split not in ("train", "test") or limit < 1:
+            raise ConfigError(
+                f"data.max_rows.{split}={limit}: give train and test a number of at least 1, or leave it out"
+            )
+    if not 0 <= config.near_duplicates <= 1:
+        raise ConfigError(f"data.near_duplicates={config.near_duplicates}: must lie between 0 (off) and 1")
 
 
 def find_files(path: str) -> list[Path]:
@@ -179,7 +186,7 @@ def _usable_rows(config: LabelledConfig, report: RowReport) -> _ByConcept:
                 seen_columns.update(record.keys())
                 has_splits = has_splits or config.split_column in record
                 row = _row(record, f"{file.name}:{line}", stem(file), config)
-            if isinstance(row, _Row):
+            if isinstance(row, Row):
                 by_concept.setdefault(row.concept, []).append(row)
             else:
                 report.rejected[str(row)].append(f"{file.name}:{line}")
@@ -194,9 +201,11 @@ def _usable_rows(config: LabelledConfig, report: RowReport) -> _ByConcept:
     return by_concept
 
 
-def _row(record: dict[str, Any], place: str, default_concept: str, config: LabelledConfig) -> _Row | str:
+def _row(record: dict[str, Any], place: str, default_concept: str, config: LabelledConfig) -> Row | str:
     """A row, or the reason why it cannot be one."""
     text, label = record.get(config.text_column), record.get(config.label_column)
+    if config.max_characters and isinstance(text, str):
+        text = text[: config.max_characters]
     split = str(record.get(config.split_column) or "").strip().lower() or None
     if text is None:
         return f"missing column {config.text_column!r}"
@@ -212,7 +221,7 @@ def _row(record: dict[str, Any], place: str, default_concept: str, config: Label
     used = {config.text_column, config.label_column, config.concept_column, config.split_column, config.group_column}
     columns = {str(name): _cell(value) for name, value in record.items() if name not in used}
     group = _cell(record.get(config.group_column)) or text
-    return _Row(place, concept, text, label, split, group, columns)
+    return Row(place, concept, text, label, split, group, columns)
 
 
 def _bad_text(text: str) -> str | None:
@@ -299,7 +308,7 @@ def _string_code(name: str, values: set[Any], config: LabelledConfig) -> dict[st
     )
 
 
-def _without_contradictions(rows: list[_Row], report: RowReport) -> list[_Row]:
+def _without_contradictions(rows: list[Row], report: RowReport) -> list[Row]:
     """Rows of texts that have one label only."""
     labels: defaultdict[str, set[int]] = defaultdict(set)
     for row in rows:
@@ -307,7 +316,7 @@ def _without_contradictions(rows: list[_Row], report: RowReport) -> list[_Row]:
     return _keep(rows, [len(labels[row.text]) == 1 for row in rows], "contradictory labels for the same text", report)
 
 
-def _without_duplicates(rows: list[_Row], report: RowReport) -> list[_Row]:
+def _without_duplicates(rows: list[Row], report: RowReport) -> list[Row]:
     """The first row of each text within a split."""
     seen: set[tuple[str, str | None]] = set()
     fresh = []
@@ -317,7 +326,7 @@ def _without_duplicates(rows: list[_Row], report: RowReport) -> list[_Row]:
     return _keep(rows, fresh, "duplicate row", report)
 
 
-def _without_leaks(rows: list[_Row], report: RowReport) -> list[_Row]:
+def _without_leaks(rows: list[Row], report: RowReport) -> list[Row]:
     """Test rows, and those training rows whose text and group are not among them."""
     texts = {row.text for row in rows if row.split == "test"}
     groups = {row.group for row in rows if row.split == "test"}
@@ -327,63 +336,20 @@ def _without_leaks(rows: list[_Row], report: RowReport) -> list[_Row]:
     return _keep(rows, [row.split == "test" or row.group not in groups for row in rows], reason, report)
 
 
-def _keep(rows: list[_Row], wanted: Sequence[bool], reason: str, report: RowReport) -> list[_Row]:
+def _keep(rows: list[Row], wanted: Sequence[bool], reason: str, report: RowReport) -> list[Row]:
     """The wanted rows; the others go to the report."""
     if rejected := [row.place for row, want in zip(rows, wanted, strict=True) if not want]:
         report.rejected[reason] += rejected
     return [row for row, want in zip(rows, wanted, strict=True) if want]
 
 
-def _rank(seed: int, *words: str) -> bytes:
-    """A place in a seeded order that depends on these words alone."""
-    return hashlib.blake2b("\0".join([str(seed), *words]).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _divide(rows: list[_Row], fraction: float, seed: int) -> None:
-    """Put whole groups into test until each label has its share there; the rest is train."""
-    sizes: dict[str, list[int]] = {}
-    for row in rows:
-        sizes.setdefault(row.group, [0, 0])[row.label] += 1
-    total = [sum(size[label] for size in sizes.values()) for label in (0, 1)]
-    wanted = [max(1, round(fraction * count)) for count in total]
-    taken = [0, 0]
-    test: set[str] = set()
-
-    def take(group: str) -> None:
-        test.add(group)
-        for label in (0, 1):
-            taken[label] += sizes[group][label]
-
-    order = sorted(sizes, key=lambda group: _rank(seed, group))
-    # The rarer label first: groups that hold both would not fit any more once the other label has its share.
-    for label in sorted((0, 1), key=lambda label: total[label]):
-        holding = [group for group in order if sizes[group][label]]
-        for group in holding:
-            if group not in test and all(taken[each] + sizes[group][each] <= wanted[each] for each in (0, 1)):
-                take(group)
-        # Where every group is larger than the share: the smallest that leaves some for training.
-        fitting = [group for group in holding if group not in test and sizes[group][label] < total[label]]
-        if not taken[label] and fitting:
-            take(min(fitting, key=lambda group: sum(sizes[group])))
-    for row in rows:
-        row.split = "test" if row.group in test else "train"
-
-
-def _capped(rows: list[_Row], limit: int | None, seed: int, report: RowReport) -> list[_Row]:
-    """At most `limit` rows of each label and split, drawn by hash of the text."""
-    if limit is None:
-        return rows
-    parts: defaultdict[tuple[str | None, int], list[_Row]] = defaultdict(list)
-    for row in rows:
-        parts[row.split, row.label].append(row)
-    chosen: set[str] = set()
-    for part in parts.values():
-        part.sort(key=lambda row: _rank(seed, "cap", row.text))
-        chosen.update(row.place for row in part[:limit])
+def _capped(rows: list[Row], limits: Mapping[str, int], seed: int, report: RowReport) -> list[Row]:
+    """At most so many rows of each label and split."""
+    chosen = chosen_places(rows, limits, seed)
     return _keep(rows, [row.place in chosen for row in rows], OVER_MAX, report)
 
 
-def _count(rows: list[_Row]) -> dict[str, int]:
+def _count(rows: list[Row]) -> dict[str, int]:
     """Rows of each split and label."""
     counts = Counter(f"{row.split}/{row.label}" for row in rows)
     return {key: counts[key] for key in ("train/0", "train/1", "test/0", "test/1")}

@@ -182,10 +182,10 @@ def test_two_large_groups_can_still_be_divided(tmp_path: Path) -> None:
 
 def test_a_cap_keeps_so_many_of_each_label_and_split(tmp_path: Path) -> None:
     lines = [record(n, int(n % 3 == 0), "train" if n < 60 else "test") for n in range(100)]
-    table, report = read_path(write_lines(tmp_path / "a.jsonl", lines), max_rows_per_split=7)
+    table, report = read_path(write_lines(tmp_path / "a.jsonl", lines), max_rows={"train": 7, "test": 7})
     assert set(report.counts["spam"].values()) == {7}
     assert len(table) == 28
-    assert len(report.rejected["over max_rows_per_split"]) == 72
+    assert len(report.rejected["over max_rows"]) == 72
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_a_line_without_end_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.M
     assert report.num_kept == 16
 
 
-@pytest.mark.parametrize("change", [{"string_labels": "any"}, {"test_fraction": 1.0}, {"max_rows_per_split": 0}])
+@pytest.mark.parametrize("change", [{"string_labels": "any"}, {"test_fraction": 1.0}, {"max_rows": {"train": 0}}])
 def test_options_that_cannot_be_are_refused(tmp_path: Path, change: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         read_path(write_lines(tmp_path / "a.jsonl", GOOD), **change)
