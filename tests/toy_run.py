@@ -13,7 +13,13 @@ import pytest
 from toy_model import byte_tokenizer, tiny_llama
 
 WORDS = {"whale": ["whale", "sea", "fin", "krill"], "car": ["car", "road", "wheel", "engine"]}
-QUICK = ["trainer.max_epochs=6", "map.training.num_shuffles=1", "evaluate.draws=20", "evaluate.floor_draws=5"]
+QUICK = [
+    "map.training.solver=adamw",
+    "trainer.max_epochs=6",
+    "map.training.num_shuffles=1",
+    "evaluate.draws=20",
+    "evaluate.floor_draws=5",
+]
 
 
 @dataclass

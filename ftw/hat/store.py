@@ -10,6 +10,7 @@ import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from ftw.hat.bank import LensBank, build_bank
 from ftw.hat.basis import Basis
 from ftw.hat.lens import Head, HeadConfig, find_rows
 from ftw.hat.mlp import MLPHead
+from ftw.hat.pooling import Pooling
 
 
 @dataclass(kw_only=True)
@@ -35,6 +37,7 @@ class LensStack:
         threshold_N: logit above which a text is called positive (best F1 on out-of-fold rows).
         threshold_1fpr_N: logit that 1 % of the out-of-fold negatives exceed.
         basis: shared projection, or None.
+        pooling: how a whole text is read, where that is more than the lens's logit of its mean state; or None.
     """
 
     names: list[str]
@@ -47,6 +50,7 @@ class LensStack:
     threshold_N: Tensor = field(default_factory=lambda: torch.empty(0))
     threshold_1fpr_N: Tensor = field(default_factory=lambda: torch.empty(0))
     basis: Basis | None = None
+    pooling: Pooling | None = None
 
     def bank(self) -> LensBank:
         """The module that reads: calibration folded in."""
@@ -83,6 +87,7 @@ class LensStack:
             quantiles_NQ=pick(self.quantiles_NQ),
             threshold_N=pick(self.threshold_N),
             threshold_1fpr_N=pick(self.threshold_1fpr_N),
+            pooling=None if self.pooling is None else self.pooling.rows(index),
         )
 
     def lens_tensors(self) -> dict[str, Tensor]:
@@ -152,7 +157,7 @@ def stack_from_tensors(
 
 def calibration_from_tensors(
     calibration: Mapping[str, Tensor], num: int, num_layers: int, where: str
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The calibration of a stack of `num` lenses from the tensors of a pack, by the stack's names.
 
     Raises:

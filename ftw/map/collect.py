@@ -17,10 +17,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from ftw.errors import ConfigError, DataError, DiskFullError, SubstrateError
+from ftw.hat.pooling import pool_tokens
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.estimate import Estimate, encode_row, estimate, readable_bytes
 from ftw.map.samples import SampleTable
@@ -41,7 +41,7 @@ class CollectConfig:
 
     Attributes:
         layers: block indices, or fractions of the depth between 0 and 1.
-        pools: "mean" and/or "last".
+        pools: pooled states of a text: mean, last, tail, spread (`ftw.hat.pooling`).
         tokens_per_text: by split, how many token states of a text are kept: 0 none, -1 all, k spread evenly.
         max_tokens: tokens fed of a text, the sink included; longer texts are cut, and counted.
         batch_tokens: padded tokens in one forward pass.
@@ -246,11 +246,6 @@ def read_shard(
         offsets=offsets,
         positions=positions,
     )
-
-
-def pool_tokens(normed_LTD: Tensor, pool: str) -> Tensor:
-    """[L, D] of a text from its layer-normed tokens: their mean, or the last one."""
-    return normed_LTD.mean(dim=1) if pool == "mean" else normed_LTD[:, -1]
 
 
 def evenly_spaced(num_tokens: int, num_kept: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from ftw.errors import ConfigError, DataError
 from ftw.map import metrics
 from ftw.map.bootstrap import affordable_draws, bootstrap
 
-ACTIVATION, TEXT, SHUFFLED = "activation", "text", "shuffled"
+ACTIVATION, TEXT, SHUFFLED, BOTH = "activation", "text", "shuffled", "both"
 
 
 @dataclass(kw_only=True)
@@ -116,7 +116,8 @@ def evaluate(
 
     Args:
         scores: logits [S, N] by system. "activation" is the one under test; "text" and any other name are controls with
-            paired differences; "shuffled" holds P arrays [P, S, N] of lenses trained on permuted labels.
+            paired differences, but for "both", which is states and words together; "shuffled" holds P arrays [P, S, N]
+            of lenses trained on permuted labels.
         labels, weights: [S, N]; weight 0 where a text is not used for a concept.
         groups: S names; texts of one name are drawn together.
         concepts: N names.
@@ -284,7 +285,8 @@ def _per_concept(
     figures: dict[str, np.ndarray], concepts: Sequence[str], systems: list[str], shuffled: bool
 ) -> dict[str, dict[str, Any]]:
     """Figures by concept, with the controls that the lens does not beat."""
-    beaten = {name: figures["difference_low" if name == TEXT else f"difference_{name}_low"] for name in systems[1:]}
+    controls = [name for name in systems[1:] if name != BOTH]
+    beaten = {name: figures["difference_low" if name == TEXT else f"difference_{name}_low"] for name in controls}
     if shuffled:
         beaten[SHUFFLED] = figures["auroc_low"] - figures["auroc_shuffled_95"]
     result: dict[str, dict[str, Any]] = {}

@@ -8,7 +8,7 @@ Axes: N lenses, L layers.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ftw import paths
 from ftw.errors import FTWError, PackError
 from ftw.hat.bank import LensBank
 from ftw.hat.lens import HeadConfig
+from ftw.hat.pooling import Pooling, pooling_from_tensors
 from ftw.hat.store import LensStack, head_of, read_tensors, stack_from_tensors, write_tensors
 from ftw.hat.text import TextBank
 from ftw.map.concept import ConceptPack
@@ -25,6 +26,7 @@ from ftw.map.manifest import read_json, safe_member, verify_manifest, write_mani
 from ftw.substrate.model import Substrate
 
 SCHEMA = 1
+PER_LENS = "per lens"
 
 
 @dataclass(kw_only=True)
@@ -34,9 +36,10 @@ class Recipe:
     Attributes:
         substrate, fingerprint, width: the language model. dtype: of its weights when states were collected.
         layers: blocks whose outputs are read. normalisation: of each token's state, before any lens.
-        pooling: state that a text-level decision is made on. max_tokens: of a text, in training.
+        pooling: what a decision about a whole text is made of: a pool, or "per lens" (chosen for each).
+        max_tokens: of a text, in training.
         family, hidden, basis_rank: of the lenses. prior: base rate that probabilities are for.
-        solver, l2, shrinkage, folds and seed: of the fit.
+        solver, l2, penalties, shrinkage, folds and seed: of the fit.
     """
 
     substrate: str
@@ -57,6 +60,7 @@ class Recipe:
     prior: float = 0.5
     solver: str = "adamw"
     l2: float = 0.0
+    penalties: list[float] = field(default_factory=list)
     shrinkage: float = 0.0
     folds: int = 0
     seed: int = 0
@@ -77,6 +81,7 @@ class Recipe:
                 str: isinstance(value, str),
                 int: type(value) is int and 0 <= value < 2**31,
                 float: isinstance(value, int | float) and not isinstance(value, bool),
+                list[float]: isinstance(value, list) and all(isinstance(item, int | float) for item in value),
             }.get(expected, isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value))
             if not fits:
                 raise PackError(f"the recipe says {name}={value!r:.60}, which is no {expected}; fetch the pack again")
@@ -140,6 +145,7 @@ class LensPack:
         hierarchy/                          the concept pack
         basis.safetensors                   when the recipe has one
         layer<level>/lenses.safetensors     stacked tensors of that level, axis 0 = row
+        layer<level>/pooling.safetensors    how whole texts are read, where that is more than a mean
         layer<level>/results.json           row -> concept, with metrics
         calibration.safetensors             rows in the order of the levels
         text.safetensors, text.json         text lenses
@@ -149,7 +155,10 @@ class LensPack:
         by_level = self._rows_by_level()
         with paths.replace_folder(folder) as temporary:
             for level, names in by_level.items():
-                write_tensors(temporary / f"layer{level}" / "lenses.safetensors", self.stack.rows(names).lens_tensors())
+                part = self.stack.rows(names)
+                write_tensors(temporary / f"layer{level}" / "lenses.safetensors", part.lens_tensors())
+                if part.pooling is not None:
+                    write_tensors(temporary / f"layer{level}" / "pooling.safetensors", part.pooling.tensors())
                 results = [
                     {"concept": name, "row": row, "metrics": self.metrics.get(name, {})}
                     for row, name in enumerate(names)
@@ -313,7 +322,7 @@ def _read_stack(folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[str
                 raise PackError(f"pack {folder}: tensor {name!r} of layer{level} is {tensor.dtype}; weights are floats")
         parts.append(tensors)
     lens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return stack_from_tensors(
+    stack = stack_from_tensors(
         names=names,
         layers=tuple(recipe.layers),
         width=recipe.width,
@@ -322,6 +331,21 @@ def _read_stack(folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[str
         calibration=read_tensors(safe_member(folder, "calibration.safetensors")),
         basis=read_tensors(safe_member(folder, "basis.safetensors")) if recipe.basis_rank else None,
         basis_rank=recipe.basis_rank,
+        where=str(folder),
+    )
+    return replace(stack, pooling=_read_pooling(folder, recipe, names_of))
+
+
+def _read_pooling(folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[str, Any]]) -> Pooling | None:
+    if recipe.pooling != PER_LENS:
+        return None
+    parts = [read_tensors(safe_member(folder, f"layer{level}/pooling.safetensors")) for level in names_of]
+    shared = set(parts[0]).intersection(*parts)
+    return pooling_from_tensors(
+        {name: torch.cat([part[name] for part in parts]) for name in shared},
+        num_lenses=sum(map(len, names_of.values())),
+        num_layers=len(recipe.layers),
+        width=recipe.width,
         where=str(folder),
     )
 

@@ -19,12 +19,12 @@ import h5py
 import numpy as np
 
 from ftw.errors import ConfigError, DataError, EncyclopediaError
+from ftw.hat.pooling import STATE_POOLS
 from ftw.map.samples import SPLITS, SampleTable
 from ftw.paths import replace_file
 
 SCHEMA_VERSION = 1
 SHARD_FORMAT = "ftw-encyclopedia-shard"
-POOLS = ("mean", "last")
 NORMALISATION = "layernorm"
 STATE_UNITS = "residual stream after per-token layer norm (dimensionless)"
 # HDF5 1.10 layout: every piece of metadata has a checksum, and any h5py of the last eight years reads it.
@@ -39,7 +39,7 @@ class CaptureSpec:
     Attributes:
         substrate_name, fingerprint, width: the language model and the length D of its states.
         layers: block indices, ascending.
-        pools: "mean" (of the layer-normed tokens) and/or "last" (token); position 0, the sink, is in neither.
+        pools: pooled states of the layer-normed tokens (`ftw.hat.pooling`); position 0, the sink, is in none.
         tokens_per_text: for each split, how many token states of a text are kept: 0 none, -1 all, k spread evenly.
         max_tokens: tokens fed of a text, the sink included; the rest is cut off, and the text counted.
         batch_tokens, precision: how the states were computed; they decide the last bits.
@@ -50,7 +50,7 @@ class CaptureSpec:
     fingerprint: str
     layers: tuple[int, ...]
     width: int
-    pools: tuple[str, ...] = POOLS
+    pools: tuple[str, ...] = ("mean", "last")
     tokens_per_text: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int = 128
     batch_tokens: int = 2048
@@ -60,8 +60,8 @@ class CaptureSpec:
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise ConfigError(f"layers {list(self.layers)}: name at least one block, ascending, none twice")
-        if unknown := set(self.pools) - set(POOLS):
-            raise ConfigError(f"unknown pool {sorted(unknown)}; the pools are {', '.join(POOLS)}")
+        if unknown := set(self.pools) - set(STATE_POOLS):
+            raise ConfigError(f"unknown pool {sorted(unknown)}; the pools are {', '.join(STATE_POOLS)}")
         if unknown := set(self.tokens_per_text) - set(SPLITS):
             raise ConfigError(f"tokens_per_text: unknown split {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         for split, count in self.tokens_per_text.items():

@@ -112,9 +112,23 @@ class _Marks(NamedTuple):
     folds: np.ndarray
 
 
+class FittedText(NamedTuple):
+    """Text lenses, and the calibrated out-of-fold logits of each one's marked texts (NaN where no fold gave one)."""
+
+    bank: TextBank
+    held_out: list[np.ndarray]
+
+
 def fit_text_bank(
     table: SampleTable, config: TextConfig | None = None, *, rows: np.ndarray | None = None, progress: bool = True
 ) -> TextBank:
+    """The bank of `fit_text_lenses`."""
+    return fit_text_lenses(table, config, rows=rows, progress=progress).bank
+
+
+def fit_text_lenses(
+    table: SampleTable, config: TextConfig | None = None, *, rows: np.ndarray | None = None, progress: bool = True
+) -> FittedText:
     """Text lenses of all concepts of a table, calibrated out of fold, with quantiles on background text.
 
     A concept whose marked texts have one class gets a lens that says 0 (no opinion) on every text; a warning is logged
@@ -133,9 +147,14 @@ def fit_text_bank(
     fits = _fit_all(features_SV, marks, config, progress)
     _report(table.concepts, fits, config)
     bank = _bank(table.concepts, fits, vectoriser, config)
-    if config.folds:
-        bank = _calibrated(bank, fits, marks)
-    return _with_background(bank, table, rows, config)
+    scale_N, offset_N, fitted_N = _calibration(bank.names, fits, marks)
+    if fitted_N.any():
+        bank = bank.calibrated(scale_N, offset_N)
+    held_out = [
+        scale * fit.held_out_M + offset if fit else np.full(len(part.rows), np.nan)
+        for fit, part, scale, offset in zip(fits, marks, scale_N, offset_N, strict=True)
+    ]
+    return FittedText(_with_background(bank, table, rows, config), held_out)
 
 
 def window_texts(texts: Sequence[str], *, words: int, limit: int) -> list[str]:
@@ -256,9 +275,11 @@ def _solve(
     return model.fit(features_Mv, labels_M, sample_weight=weights_M)
 
 
-def _calibrated(bank: TextBank, fits: list[_Fit | None], marks: list[_Marks]) -> TextBank:
-    """The bank with Platt's calibration of its out-of-fold logits; a lens without them keeps its raw logits."""
-    scale_N, offset_N, fitted_N = np.ones(len(bank)), np.zeros(len(bank)), np.zeros(len(bank), dtype=bool)
+def _calibration(
+    names: list[str], fits: list[_Fit | None], marks: list[_Marks]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Platt's scale and offset of the out-of-fold logits, and who has some; a lens without stays raw, at 1 and 0."""
+    scale_N, offset_N, fitted_N = np.ones(len(names)), np.zeros(len(names)), np.zeros(len(names), dtype=bool)
     for lenses, logits_Mn, labels_Mn, weights_Mn in _held_out(fits, marks):
         try:
             platt = fit_platt(logits_Mn, labels_Mn, weights_Mn, prior=0.5)
@@ -268,11 +289,11 @@ def _calibrated(bank: TextBank, fits: list[_Fit | None], marks: list[_Marks]) ->
         scale_N[lenses] = np.where(backwards_n, SMALLEST_SCALE, platt.scale_N)
         offset_N[lenses] = np.where(backwards_n, 0.0, platt.offset_N)
         fitted_N[lenses] = platt.fitted_N
-    raw = [name for name, fit, fitted in zip(bank.names, fits, fitted_N, strict=True) if fit and not fitted]
+    raw = [name for name, fit, fitted in zip(names, fits, fitted_N, strict=True) if fit and not fitted]
     if raw:
         words = "text lenses: %d are not calibrated, for want of groups with positives and negatives: %s"
         log.warning(words, len(raw), ", ".join(raw[:20]))
-    return bank.calibrated(scale_N, offset_N) if fitted_N.any() else bank
+    return scale_N, offset_N, fitted_N
 
 
 def _held_out(

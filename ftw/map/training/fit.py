@@ -14,7 +14,7 @@ Axes: S texts, N lenses, L layers, W input width, T tokens, P permutations.
 import contextlib
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +29,7 @@ from ftw.hat.text import TextBank
 from ftw.map.calibrate import background_quantiles, best_f1_threshold, fit_platt, fpr_threshold
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import EvaluateConfig, Evaluation, evaluate
+from ftw.map.text_level import pooled_states, text_level_logits
 from ftw.map.training.data import EncyclopediaDataModule, Pool
 from ftw.map.training.lens_task import LensTask, TrainingConfig, balance_classes
 
@@ -157,9 +158,14 @@ def evaluate_stack(
     config: EvaluateConfig,
     pool: str = "mean",
     text: TextBank | None = None,
+    texts: Sequence[str] | None = None,
     shuffled: list[list[Head]] | None = None,
 ) -> Evaluation:
     """Figures on the test rows of an encyclopedia, beside the controls.
+
+    Args:
+        pool: read by a stack without a pooling of its own, and by the shuffled control.
+        texts: what text lenses read of each text of the table, where that is less than the whole.
 
     Raises:
         DataError: there are no test rows.
@@ -173,14 +179,16 @@ def evaluate_stack(
         column = {name: index for index, name in enumerate(table.concepts)}
         order = [column[name] for name in stack.names]
         labels_SN, weights_SN = labels_SN[:, order], weights_SN[:, order]
-    x_SLD = torch.stack(
-        [torch.from_numpy(encyclopedia.pooled(layer, pool, rows)).float() for layer in stack.layers], dim=1
-    )
-    logits_SN = stack.bank().logits(x_SLD).numpy()
+    logits_SN = text_level_logits(stack, encyclopedia, rows, pool=pool, wanted_SN=weights_SN > 0)
     scores: dict[str, object] = {"activation": logits_SN}
     if text is not None:
-        scores["text"] = text.score([table.texts[row] for row in rows]).numpy()
+        read = list(texts or table.texts)
+        words_SN = text.score([read[row] for row in rows.tolist()])
+        scores["text"] = words_SN.numpy()
+        if stack.pooling is not None and stack.pooling.both_N3 is not None:
+            scores["both"] = stack.pooling.with_text(torch.from_numpy(logits_SN), words_SN).numpy()
     if shuffled:
+        x_SLD = pooled_states(encyclopedia, stack.layers, pool, rows)
         scores["shuffled"] = np.stack([_layer_mean(heads, x_SLD, stack) for heads in shuffled])
     return evaluate(
         scores,

@@ -12,7 +12,7 @@ Axes: N lenses, F = K + 1 copies, S texts, B batch, L layers, W input width.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
@@ -27,18 +27,27 @@ class TrainingConfig:
     """How lenses are fitted.
 
     Attributes:
-        pool: state that a text is represented by in training: "mean" or "last".
+        solver: "logistic" (the default recipe: linear heads, penalty and pools chosen lens by lens), "adamw" (heads of
+            any family, by Lightning), "lda" (linear heads in closed form, for thousands of concepts), or "auto":
+            logistic for linear heads on full states, else adamw.
+        pools: of "logistic": what decisions about texts are made of: mean, last, tail, spread, and max (the strongest
+            token), which needs states of single tokens: map.encyclopedia.tokens_per_text={train: -1, test: -1}.
+        combine: of "logistic": "stack" (weights learnt out of fold), "choose" (one pool or all) or "average".
+        penalties: of "logistic": C, inverse strength beside a sum over rows, as in scikit-learn.
+        pool: of the others: state that a text is represented by, "mean" or "last".
         batch_texts: texts in a step. learning_rate: of AdamW.
         l2: strength of ½ l2 ‖w‖² beside the mean loss of a lens (1 / (C x rows) of scikit-learn).
         folds: groups of texts left out in turn, for early stopping and calibration.
         patience: epochs without a better out-of-fold loss after which a lens is done.
         basis_rank: width of the shared basis; 0 reads full states.
         num_shuffles: control lenses trained on shuffled labels, per concept.
-        solver: "adamw" (logistic or MLP heads, by Lightning) or "lda" (linear heads in closed form, for thousands of
-            concepts); the two tie in AUROC.
         shrinkage: of "lda", in texts; 0 chooses it on out-of-fold rows.
     """
 
+    solver: str = "auto"
+    pools: list[str] = field(default_factory=lambda: ["mean", "last"])
+    combine: str = "stack"
+    penalties: list[float] = field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1, 1.0])
     pool: str = "mean"
     batch_texts: int = 512
     learning_rate: float = 0.02
@@ -47,7 +56,6 @@ class TrainingConfig:
     patience: int = 5
     basis_rank: int = 0
     num_shuffles: int = 5
-    solver: str = "adamw"
     shrinkage: float = 0.0
 
 

@@ -18,20 +18,22 @@ from ftw.map.collect import CollectConfig, collect
 from ftw.map.concept import ConceptPack
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import EvaluateConfig, Evaluation
-from ftw.map.pack import LensPack, Recipe, head_fields
+from ftw.map.pack import LensPack
 from ftw.map.samples import SampleTable, SampleTableBuilder
-from ftw.map.text_control import TextConfig, fit_text_bank
-from ftw.map.training.callbacks import LensBankCallback, log_pack, quiet_trainer
+from ftw.map.text_control import TextConfig
+from ftw.map.training.callbacks import LensBankCallback, log_evaluation, log_pack, quiet_trainer
 from ftw.map.training.data import EncyclopediaDataModule, Pool
-from ftw.map.training.fit import build_task, evaluate_stack, fit_shuffled, fitting, with_percentiles
+from ftw.map.training.finish import Fitted, finish
+from ftw.map.training.fit import build_task, fit_shuffled, fitting, with_percentiles
+from ftw.map.training.lens_rows import lens_rows
 from ftw.map.training.lens_task import LensTask, TrainingConfig
+from ftw.map.training.recipe import shuffled_recipe, solve_recipe
 from ftw.map.training.solver import choose_shrinkage, solve_shuffled, solve_stack
 from ftw.map.training.sparse import read_sparse_pool
 from ftw.substrate.model import Substrate
 
 EPOCHS = 80
-SOLVERS = ("adamw", "lda")
-Shuffled = Callable[[], list[list[Head]]]
+SOLVERS = ("logistic", "adamw", "lda")
 
 
 @dataclass(kw_only=True)
@@ -80,26 +82,42 @@ def train_pack(
         KeyboardInterrupt: on Ctrl-C; with a checkpoint callback the run can go on.
     """
     encyclopedia.check_substrate(substrate.name, substrate.fingerprint)
-    if config.training.solver not in SOLVERS:
-        raise ConfigError(f"map.training.solver={config.training.solver!r}; choose {' or '.join(SOLVERS)}")
+    solver = solver_of(config)
 
-    def pack_of(stack: LensStack, shuffled: Shuffled, shrinkage: float = 0.0) -> tuple[LensPack, Evaluation | None]:
-        made = replace(config, training=replace(config.training, shrinkage=shrinkage))
-        return _finish(stack, shuffled, encyclopedia, made, substrate, concepts, provenance or {}, step)
+    def pack_of(fitted: Fitted) -> tuple[LensPack, Evaluation | None]:
+        return finish(
+            fitted,
+            encyclopedia,
+            config,
+            substrate=substrate,
+            concepts=concepts,
+            provenance=provenance or {},
+            step=step,
+        )
 
-    if config.training.solver == "lda":
-        pack, evaluation = _solve(encyclopedia, config, pack_of, step)
+    if solver != "adamw":
+        if checkpoint is not None:
+            raise ConfigError(
+                f"resume: map.training.solver={solver} takes a moment and leaves no checkpoint; leave resume out, "
+                "or take the solver that the checkpoint was made with"
+            )
+        # Built first: what is wrong with its options should be said before the work.
+        loggers = [] if trainer is None else trainer([]).loggers
+        pack, evaluation = pack_of((_recipe if solver == "logistic" else _closed_form)(encyclopedia, config, step))
         if folder is not None:
             pack.save(folder)
+            log_pack(loggers, folder, pack)
+        if evaluation is not None:
+            log_evaluation(loggers, evaluation)
         return pack, evaluation
 
-    def finish(stack: LensStack, pool: Pool, task: LensTask) -> tuple[LensPack, Evaluation | None]:
-        return pack_of(stack, lambda: _shuffled_by_descent(pool, task, config))
+    def of_task(stack: LensStack, pool: Pool, task: LensTask) -> tuple[LensPack, Evaluation | None]:
+        return pack_of(Fitted(stack, solver, lambda: _shuffled_by_descent(pool, task, config)))
 
     quiet_lightning()
     data = EncyclopediaDataModule(encyclopedia, config.training, seed=config.seed)
     task = build_task(data.pool, config.head, config.training, seed=config.seed)
-    callback = LensBankCallback(encyclopedia, finish, folder=folder, watch_prompt=watch_prompt, substrate=substrate)
+    callback = LensBankCallback(encyclopedia, of_task, folder=folder, watch_prompt=watch_prompt, substrate=substrate)
     built = trainer([callback]) if trainer else quiet_trainer(EPOCHS, callbacks=[callback])
     with fitting():
         built.fit(task, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
@@ -107,6 +125,26 @@ def train_pack(
     if folder is not None:
         log_pack(built.loggers, folder, callback.pack)
     return callback.pack, callback.evaluation
+
+
+def solver_of(config: FitConfig) -> str:
+    """The solver of a configuration, "auto" resolved: the recipe for linear heads on full states, else descent.
+
+    Raises:
+        ConfigError: no such solver, or one that does not fit such heads.
+    """
+    training, solver = config.training, config.training.solver
+    plain = config.head.family == "linear" and not config.head.hidden and not training.basis_rank
+    if solver == "auto":
+        return "logistic" if plain else "adamw"
+    if solver not in SOLVERS:
+        raise ConfigError(f"map.training.solver={solver!r}; choose auto, {', '.join(SOLVERS)}")
+    if solver != "adamw" and not plain:
+        raise ConfigError(
+            f"map.training.solver={solver} fits linear heads on full states; leave out hidden units and basis_rank, "
+            "or take map.training.solver=adamw"
+        )
+    return solver
 
 
 def train_lenses(
@@ -132,7 +170,7 @@ def train_lenses(
     """
     table = data if isinstance(data, SampleTable) else _table(*data, concept=concept)
     capture = collect_config or CollectConfig()
-    if not len(table.where("background")):
+    if not len(table.where("background")) and not capture.tokens_per_text.get("train"):
         # Percentiles need tokens to rank against; without a background split a few of each training text serve.
         capture = replace(capture, tokens_per_text={**capture.tokens_per_text, "train": 4})
     with collect(substrate, table, capture, progress=progress) as encyclopedia:
@@ -145,15 +183,30 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _solve(
-    encyclopedia: Encyclopedia, config: FitConfig, pack_of: Callable[..., Any], step: Callable[[str], None]
-) -> tuple[LensPack, Evaluation | None]:
+def _recipe(encyclopedia: Encyclopedia, config: FitConfig, step: Callable[[str], None]) -> Fitted:
+    """Penalty and pools chosen for each lens."""
+    training, lenses = config.training, lens_rows(encyclopedia.table)
+    step("lenses")
+    solved = solve_recipe(
+        encyclopedia,
+        lenses,
+        pools=training.pools,
+        combine=training.combine,
+        penalties=training.penalties,
+        folds=training.folds,
+        seed=config.seed,
+    )
+
+    def shuffled() -> list[list[Head]]:
+        return shuffled_recipe(encyclopedia, lenses, solved.choices, num=training.num_shuffles, seed=config.seed)
+
+    stack = with_percentiles(solved.stack, encyclopedia)
+    return Fitted(stack, "logistic", shuffled, lenses, solved.held_out, solved.choices)
+
+
+def _closed_form(encyclopedia: Encyclopedia, config: FitConfig, step: Callable[[str], None]) -> Fitted:
     """Linear lenses in closed form: no epochs, no checkpoint, memory for marked pairs only."""
     training = config.training
-    if config.head.family != "linear" or config.head.hidden or training.basis_rank:
-        raise ConfigError(
-            "map.training.solver=lda fits linear heads on full states; leave out hidden units and basis_rank"
-        )
     pool = read_sparse_pool(encyclopedia, folds=training.folds, pool=training.pool, seed=config.seed)
     step("shrinkage")
     shrinkage = training.shrinkage or choose_shrinkage(pool, seed=config.seed)
@@ -163,66 +216,12 @@ def _solve(
     def shuffled() -> list[list[Head]]:
         return solve_shuffled(pool, num_shuffles=training.num_shuffles, shrinkage=shrinkage, seed=config.seed)
 
-    return pack_of(stack, shuffled, shrinkage)
+    return Fitted(stack, "lda", shuffled, shrinkage=shrinkage)
 
 
 def _shuffled_by_descent(pool: Pool, task: LensTask, config: FitConfig) -> list[list[Head]]:
     epochs = max(1, int(task.best_epoch.float().mean()) + 1)
     return fit_shuffled(pool, config.head, config.training, epochs=epochs, trainer=quiet_trainer, seed=config.seed)
-
-
-def _finish(
-    stack: LensStack,
-    shuffled: Shuffled,
-    encyclopedia: Encyclopedia,
-    config: FitConfig,
-    substrate: Substrate,
-    concepts: ConceptPack | None,
-    provenance: dict[str, Any],
-    step: Callable[[str], None],
-) -> tuple[LensPack, Evaluation | None]:
-    spec, table, evaluation = encyclopedia.spec, encyclopedia.table, None
-    step("text lenses")
-    text = fit_text_bank(table, config.text, progress=False)
-    if len(table.where("test")):
-        step("shuffled labels")
-        control = shuffled() if config.training.num_shuffles else None
-        step("evaluate")
-        evaluation = evaluate_stack(
-            stack, encyclopedia, config=config.evaluate, pool=config.training.pool, text=text, shuffled=control
-        )
-    recipe = Recipe(
-        substrate=substrate.name,
-        fingerprint=substrate.fingerprint,
-        width=substrate.width,
-        dtype=substrate.dtype,
-        precision=spec.precision,
-        layers=list(spec.layers),
-        pooling=config.training.pool,
-        max_tokens=spec.max_tokens,
-        basis_rank=config.training.basis_rank,
-        solver=config.training.solver,
-        l2=0.0 if config.training.solver == "lda" else config.training.l2,
-        shrinkage=config.training.shrinkage,
-        folds=config.training.folds,
-        seed=config.seed,
-        num_texts=len(table),
-        encyclopedia=table.content_hash(),
-        **head_fields(stack),
-    )
-    levels = {name: concepts[name].level if concepts is not None and name in concepts else 0 for name in stack.names}
-    pack = LensPack(
-        pack_id=config.pack_id,
-        version=config.version,
-        stack=stack,
-        recipe=recipe,
-        levels=levels,
-        concepts=concepts,
-        text=text,
-        metrics={} if evaluation is None else evaluation.to_json()["concepts"],
-        provenance=provenance,
-    )
-    return pack, evaluation
 
 
 def _table(texts: Sequence[str], labels: Sequence[int], *, concept: str) -> SampleTable:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from toy_encyclopedia import Sizes, toy_encyclopedia
 from toy_pool import CONFIG
 
-from ftw.errors import DataError, EncyclopediaError
+from ftw.errors import ConfigError, DataError, EncyclopediaError
 from ftw.hat.monitor import Monitor
+from ftw.map.collect import CollectConfig
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import EvaluateConfig
 from ftw.map.pack import LensPack
@@ -19,7 +21,9 @@ from ftw.map.training.callbacks import quiet_trainer
 from ftw.map.training.train import FitConfig, _table, train_lenses, train_pack
 from ftw.substrate.model import Substrate
 
-FIT = FitConfig(training=CONFIG, evaluate=EvaluateConfig(draws=20, floor_draws=5))
+FIT = FitConfig(training=replace(CONFIG, solver="adamw"), evaluate=EvaluateConfig(draws=20, floor_draws=5))
+RECIPE = replace(FIT, training=replace(CONFIG, pools=["mean", "max", "last", "tail", "spread"], penalties=[1e-3, 1e-1]))
+TOKENS = CollectConfig(tokens_per_text={"train": -1, "test": -1})
 EPOCHS = 8
 TEXTS = [f"the {word} sat on {number}" for word in ("cat", "dog", "ox", "ZZZ", "QQQ", "XXX") for number in range(8)]
 LABELS = [int(text.split()[1].isupper()) for text in TEXTS]
@@ -79,6 +83,33 @@ def test_texts_and_labels_make_a_pack_that_reads(tiny_substrate: Substrate):
     assert timeline.concepts == ["capitals"]
     # The states are kept, and everything is drawn from the seed.
     assert_same(pack, train_lenses(tiny_substrate, (TEXTS, LABELS), concept="capitals", config=FIT, progress=False))
+
+
+def test_the_recipe_makes_a_pack_that_reads_texts_as_it_was_judged(tmp_path: Path, tiny_substrate: Substrate):
+    data, options = (TEXTS, LABELS), {"concept": "capitals", "collect_config": TOKENS, "progress": False}
+    pack = train_lenses(tiny_substrate, data, config=RECIPE, **options)
+    figures, again = pack.metrics["capitals"], LensPack.load(pack.save(tmp_path / "pack"))
+    assert figures["auroc"] > 0.9
+    assert {"auroc_both", "auroc_text", "auroc_shuffled"} <= set(figures)
+    assert set(figures["choice"]["evidence"]) == {"mean", "max", "last", "tail", "spread", "all", "combined"}
+    assert pack.recipe.solver == "logistic"
+    assert pack.recipe.pooling == "per lens"
+    for one in (pack, again):
+        assert one.stack.pooling is not None
+        for name, tensor in one.stack.pooling.tensors().items():
+            torch.testing.assert_close(tensor, pack.stack.pooling.tensors()[name], rtol=0, atol=0)
+    assert_same(pack, train_lenses(tiny_substrate, data, config=RECIPE, **options))
+
+
+def test_the_strongest_token_asks_for_stored_tokens(tiny_substrate: Substrate):
+    with pytest.raises(DataError, match="tokens_per_text"):
+        train_lenses(tiny_substrate, (TEXTS, LABELS), config=RECIPE, progress=False)
+
+
+def test_a_checkpoint_of_a_solver_that_leaves_none_is_refused(tmp_path: Path, tiny_substrate: Substrate):
+    config = replace(RECIPE, training=replace(CONFIG, pools=["mean", "last"]))
+    with store_of(tiny_substrate, tmp_path / "store") as store, pytest.raises(ConfigError, match="no checkpoint"):
+        train_pack(store, config, substrate=tiny_substrate, checkpoint=tmp_path / "last.ckpt")
 
 
 def test_without_enough_texts_to_hold_out_there_are_no_figures(tiny_substrate: Substrate):
