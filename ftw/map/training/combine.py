@@ -87,7 +87,7 @@ def finish_lens(draft: Draft, pools: list[str], combine: str) -> Lens:
         return _few(draft)
     held_out_SX = draft.held_out_LPS[:, used].reshape(-1, len(rows)).T
     scale_X, offset_X = _lines(held_out_SX, *rows.columns(held_out_SX.shape[1]))
-    calibrated_SX = scale_X * held_out_SX + offset_X
+    calibrated_SX = _calibrated_out_of_fold(held_out_SX, draft)
     means_SU = calibrated_SX.reshape(len(rows), num_layers, -1).mean(1)
     weight_X, bias, combined_S = _combine(calibrated_SX, means_SU, draft, combine)
     scale, offset = _line(combined_S, rows)
@@ -97,7 +97,7 @@ def finish_lens(draft: Draft, pools: list[str], combine: str) -> Lens:
     # A single token is read by the token heads alone, layers averaged, with a calibration of their means.
     token_LS = draft.held_out_LPS[:, 0]
     token_scale_L, token_offset_L = _lines(token_LS.T, *rows.columns(num_layers))
-    token_scale, token_offset = _line((token_scale_L[:, None] * token_LS + token_offset_L[:, None]).mean(0), rows)
+    token_scale, token_offset = _line(_calibrated_out_of_fold(token_LS.T, draft).mean(1), rows)
     columns = logits_S[:, None], *rows.columns(1)
     return Lens(
         scale_LP,
@@ -175,6 +175,18 @@ def _shares(weight_X: np.ndarray, pools: list[str]) -> dict[str, float]:
     """Share of each pool in the sum of the weights' sizes."""
     size_U = np.abs(weight_X).reshape(-1, len(pools)).sum(0)
     return dict(zip(pools, (size_U / max(size_U.sum(), 1e-12)).round(4).tolist(), strict=True))
+
+
+def _calibrated_out_of_fold(held_out_SX: np.ndarray, draft: Draft) -> np.ndarray:
+    """Each row calibrated by lines that were fitted without its fold: what turns noise away must not have seen it."""
+    rows, num = draft.rows, held_out_SX.shape[1]
+    calibrated_SX = np.empty_like(held_out_SX)
+    for fold in range(max(draft.num_folds, 1)):
+        inside_S = draft.folds_S == fold
+        part = rows.take(np.flatnonzero(~inside_S)) if draft.num_folds else rows
+        scale_X, offset_X = _lines(held_out_SX[~inside_S] if draft.num_folds else held_out_SX, *part.columns(num))
+        calibrated_SX[inside_S] = scale_X * held_out_SX[inside_S] + offset_X
+    return calibrated_SX
 
 
 def _line(logits_S: np.ndarray, rows: LensRows) -> tuple[float, float]:
