@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch.nn.functional import layer_norm
 
 from ftw.errors import ConfigError, DataError, DiskFullError, SubstrateError
-from ftw.hat.pooling import pool_tokens
+from ftw.hat.pooling import STATE_POOLS, pool_tokens
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.estimate import Estimate, encode_row, estimate, readable_bytes
 from ftw.map.samples import SampleTable
@@ -50,7 +50,7 @@ class CollectConfig:
     """
 
     layers: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.9])
-    pools: list[str] = field(default_factory=lambda: ["mean", "last"])
+    pools: list[str] = field(default_factory=lambda: list(STATE_POOLS))
     tokens_per_text: dict[str, int] = field(default_factory=lambda: {"train": 0, "test": 0, "background": -1})
     max_tokens: int = 128
     batch_tokens: int = 2048

@@ -35,7 +35,8 @@ class Choice:
     Attributes:
         pools: share of each pool in its decision about a text. penalties: C by layer and state ("9 mean", "9 last").
         evidence: out-of-fold AUROC of each pool, layers averaged, of all averaged, and of what was made ("combined");
-            against siblings' positives where `siblings` is true.
+            against siblings' positives where `siblings` is true. "text" is that of the text lens.
+        text_weight: of the text lens's logit in states and words together.
         num_positive, num_negative: training rows. difference_of_means: too few rows for anything else.
     """
 
@@ -46,6 +47,7 @@ class Choice:
     num_positive: int = 0
     num_negative: int = 0
     difference_of_means: bool = False
+    text_weight: float = 0.0
 
 
 @dataclass

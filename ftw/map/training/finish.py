@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ftw.hat.lens import Head
 from ftw.hat.store import LensStack
 from ftw.map.concept import ConceptPack
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import Evaluation
+from ftw.map.metrics import auroc
 from ftw.map.pack import PER_LENS, LensPack, Recipe, head_fields
 from ftw.map.text_control import fit_text_lenses
 from ftw.map.training.combine import Choice
@@ -67,6 +69,7 @@ def finish(
     if stack.pooling is not None:
         both_N3 = stack_with_text(fitted.lenses, fitted.held_out, text.held_out)
         stack = replace(stack, pooling=replace(stack.pooling, both_N3=both_N3))
+        fitted = replace(fitted, choices=_with_words(fitted, text.held_out, both_N3))
     if len(table.where("test")):
         step("shuffled labels")
         control = fitted.shuffled() if training.num_shuffles else None
@@ -94,6 +97,17 @@ def finish(
         provenance=provenance,
     )
     return pack, evaluation
+
+
+def _with_words(fitted: Fitted, held_out: list[np.ndarray], both_N3: Tensor) -> dict[str, Choice]:
+    """The choices with what the words alone are worth out of fold, and what weight they got beside the states."""
+    choices = {}
+    for rows, logits_S, both in zip(fitted.lenses, held_out, both_N3.tolist(), strict=True):
+        choice, known_S = fitted.choices[rows.name], np.isfinite(logits_S)
+        columns = (values[known_S, None] for values in (logits_S, rows.labels, rows.sibling_weights()))
+        area = float(auroc(*columns)[0]) if known_S.any() else float("nan")
+        choices[rows.name] = replace(choice, evidence={**choice.evidence, "text": area}, text_weight=both[1])
+    return choices
 
 
 def visible_texts(encyclopedia: Encyclopedia, substrate: Substrate) -> list[str]:

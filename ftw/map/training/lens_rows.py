@@ -4,7 +4,8 @@ Axes: S rows.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -94,6 +95,24 @@ def lens_rows(table: SampleTable, split: str = "train") -> list[LensRows]:
         labels, weights = table.labels[marks].astype(np.float32), table.weights[marks].astype(np.float32)
         made.append(LensRows(name, rows, labels, weights, groups[rows]))
     return made
+
+
+def with_rows(table: SampleTable, lenses: Sequence[LensRows], split: str = "train") -> SampleTable:
+    """The table with the marks of one split replaced by these rows; concepts in the lenses' order."""
+    column = {rows.name: lens for lens, rows in enumerate(lenses)}
+    inside = np.asarray(table.splits) == split
+    place_N = np.array([column.get(name, -1) for name in table.concepts])
+    kept = np.flatnonzero(~inside[table.rows] & (place_N[table.cols] >= 0))
+    return replace(
+        table,
+        concepts=[rows.name for rows in lenses],
+        rows=np.concatenate([table.rows[kept], *(each.rows for each in lenses)]).astype(np.int32),
+        cols=np.concatenate(
+            [place_N[table.cols[kept]], *(np.full(len(each), lens) for lens, each in enumerate(lenses))]
+        ).astype(np.int32),
+        labels=np.concatenate([table.labels[kept], *(each.labels for each in lenses)]).astype(np.int8),
+        weights=np.concatenate([table.weights[kept], *(each.weights for each in lenses)]).astype(np.float32),
+    )
 
 
 def _draw(seed: int, group: str) -> bytes:

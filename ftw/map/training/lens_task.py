@@ -31,7 +31,9 @@ class TrainingConfig:
             any family, by Lightning), "lda" (linear heads in closed form, for thousands of concepts), or "auto":
             logistic for linear heads on full states, else adamw.
         pools: of "logistic": what decisions about texts are made of: mean, last, tail, spread, and max (the strongest
-            token), which needs states of single tokens: map.encyclopedia.tokens_per_text={train: -1, test: -1}.
+            token), which needs states of single tokens: map.encyclopedia.tokens_per_text={train: -1, test: -1}. Empty:
+            mean for a concept pack, whose concepts are mentioned somewhere in a text; all four states for labelled
+            texts, whose labels may be about the whole, or its end.
         combine: of "logistic": "stack" (weights learnt out of fold), "choose" (one pool or all) or "average".
         penalties: of "logistic": C, inverse strength beside a sum over rows, as in scikit-learn.
         pool: of the others: state that a text is represented by, "mean" or "last".
@@ -45,7 +47,7 @@ class TrainingConfig:
     """
 
     solver: str = "auto"
-    pools: list[str] = field(default_factory=lambda: ["mean", "last"])
+    pools: list[str] = field(default_factory=list)
     combine: str = "stack"
     penalties: list[float] = field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1, 1.0])
     pool: str = "mean"

@@ -35,8 +35,10 @@ from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.metrics import auroc
 from ftw.map.training.combine import COMBINATIONS, Choice, Draft, Lens, finish_lens
 from ftw.map.training.lens_rows import LensRows
-from ftw.map.training.logistic import logistic_columns, logistic_paths
+from ftw.map.training.logistic import Rotated, logistic_columns, logistic_paths, rotate
 
+# From this share of common texts on, one eigenbasis serves all lenses.
+SHARED_ROWS = 0.7
 # Texts whose tokens are read at once.
 BLOCK_TEXTS = 512
 
@@ -54,6 +56,7 @@ def solve_recipe(
     encyclopedia: Encyclopedia,
     lenses: Sequence[LensRows],
     *,
+    layers: Sequence[int] | None = None,
     pools: Sequence[str] = POOLS,
     combine: str = "stack",
     penalties: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
@@ -64,14 +67,15 @@ def solve_recipe(
     """Fit, choose and calibrate one lens for each set of rows.
 
     Args:
-        lenses: the training rows of each lens. pools: what is read; "max" needs states of the rows' tokens.
+        lenses: the training rows of each lens. layers: of those collected; default all.
+        pools: what is read; "max" needs states of the rows' tokens.
         combine: "stack", "choose" or "average". penalties: candidates of C.
         folds: groups left out in turn; a lens with fewer groups of a class has fewer.
 
     Raises:
         DataError: a lens of one class, unknown pools, or "max" without stored tokens of the training texts.
     """
-    layers = encyclopedia.spec.layers
+    layers = encyclopedia.spec.layers if layers is None else tuple(layers)
     _check(encyclopedia, lenses, pools, combine)
     others = [pool for pool in STATE_POOLS if pool in pools and pool != "mean"]
     drafts = [_draft(rows, len(layers), encyclopedia.spec.width, others, folds, seed) for rows in lenses]
@@ -84,7 +88,7 @@ def solve_recipe(
             for _ in workers(jobs):
                 bar()
     if "max" in pools:
-        _score_tokens(encyclopedia, drafts, progress=progress)
+        _score_tokens(encyclopedia, drafts, layers, progress=progress)
     made = [finish_lens(draft, [pool for pool in POOLS if pool in pools], combine) for draft in drafts]
     return Solved(
         _stack([draft.rows.name for draft in drafts], layers, drafts, made),
@@ -111,16 +115,15 @@ def shuffled_recipe(
     weight_LPND = torch.zeros(len(layers), num, len(lenses), width)
     bias_LPN = torch.zeros(len(layers), num, len(lenses))
 
-    def fit(place: int, lens: int, states_SD: np.ndarray) -> None:
+    def fit(place: int, lens: int, states: _States) -> None:
         rows = lenses[lens]
-        x_SD = torch.from_numpy(states_SD[rows.rows].astype(np.float32))
-        center_D, scale_D = x_SD.mean(0), x_SD.std(0).clamp_min(1e-4)
+        standard, center_D, scale_D = states.standard(rows)
         labels_SP = np.stack(
             [np.random.default_rng([seed, 1 + p, lens]).permutation(rows.labels) for p in range(num)], 1
         )
         penalty = choices[rows.name].penalties.get(f"{layers[place]} mean", 1e-3)
         weight_DP, bias_P = logistic_columns(
-            (x_SD - center_D) / scale_D, torch.from_numpy(labels_SP), torch.ones(len(rows)), penalty=penalty
+            standard, torch.from_numpy(labels_SP), torch.ones(len(rows)), penalty=penalty
         )
         weight_DP = weight_DP / scale_D[:, None]
         weight_LPND[place, :, lens], bias_LPN[place, :, lens] = weight_DP.T, bias_P - center_D @ weight_DP
@@ -128,8 +131,8 @@ def shuffled_recipe(
     with _progress(progress, total=len(lenses) * len(layers), label="shuffled labels") as bar, _one_thread():
         workers = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator_unordered")
         for place, layer in enumerate(layers):
-            states_SD = _states(encyclopedia, layer, "mean", lenses)
-            for _ in workers(joblib.delayed(fit)(place, lens, states_SD) for lens in range(len(lenses))):
+            states = _states(encyclopedia, layer, "mean", lenses)
+            for _ in workers(joblib.delayed(fit)(place, lens, states) for lens in range(len(lenses))):
                 bar()
     return [
         [linear_head(weight_LPND[place, p], bias_LPN[place, p]) for place in range(len(layers))] for p in range(num)
@@ -157,12 +160,38 @@ def _check(encyclopedia: Encyclopedia, lenses: Sequence[LensRows], pools: Sequen
         )
 
 
-def _states(encyclopedia: Encyclopedia, layer: int, pool: str, lenses: Sequence[LensRows]) -> np.ndarray:
-    """States of all texts that a lens learns from, float16 [texts of the table, D]; the others are left empty."""
+@dataclass(frozen=True)
+class _States:
+    """States of the texts that lenses learn from; where nearly all lenses learn from the same texts, rotated once."""
+
+    rows: np.ndarray
+    states_SD: np.ndarray
+    center_D: Tensor | None = None
+    scale_D: Tensor | None = None
+    rotated: Rotated | None = None
+
+    def of(self, lens: LensRows) -> Tensor:
+        """States of one lens's texts, float32 [S, D]."""
+        return torch.from_numpy(self.states_SD[np.searchsorted(self.rows, lens.rows)].astype(np.float32))
+
+    def standard(self, lens: LensRows) -> tuple[Tensor | Rotated, Tensor, Tensor]:
+        """The same standardised, with centre and scale."""
+        if self.rotated is not None and self.center_D is not None and self.scale_D is not None:
+            places = torch.from_numpy(np.searchsorted(self.rows, lens.rows))
+            return self.rotated.take(places), self.center_D, self.scale_D
+        x_SD = self.of(lens)
+        center_D, scale_D = x_SD.mean(0), x_SD.std(0).clamp_min(1e-4)
+        return (x_SD - center_D) / scale_D, center_D, scale_D
+
+
+def _states(encyclopedia: Encyclopedia, layer: int, pool: str, lenses: Sequence[LensRows]) -> _States:
     rows = np.unique(np.concatenate([each.rows for each in lenses]))
-    states_SD = np.empty((len(encyclopedia), encyclopedia.spec.width), dtype=np.float16)
-    states_SD[rows] = pooled(encyclopedia, layer, pool, rows)
-    return states_SD
+    states_SD = pooled(encyclopedia, layer, pool, rows)
+    if sum(map(len, lenses)) < SHARED_ROWS * len(rows) * len(lenses) or len(lenses) == 1:
+        return _States(rows, states_SD)
+    x_SD = torch.from_numpy(states_SD.astype(np.float32))
+    center_D, scale_D = x_SD.mean(0), x_SD.std(0).clamp_min(1e-4)
+    return _States(rows, states_SD, center_D, scale_D, rotate((x_SD - center_D) / scale_D))
 
 
 def _draft(rows: LensRows, num_layers: int, width: int, others: Sequence[str], folds: int, seed: int) -> Draft:
@@ -180,14 +209,13 @@ def _draft(rows: LensRows, num_layers: int, width: int, others: Sequence[str], f
     )
 
 
-def _fit_layer(draft: Draft, states: dict[str, np.ndarray], place: int, layer: int, penalties: Sequence[float]) -> None:
+def _fit_layer(draft: Draft, states: Mapping[str, _States], place: int, layer: int, penalties: Sequence[float]) -> None:
     """The heads of one lens on one layer."""
-    for pool, states_SD in states.items():
-        x_SD = torch.from_numpy(states_SD[draft.rows.rows].astype(np.float32))
+    for pool, each in states.items():
         if draft.few:
-            weight_DF, bias_F, held_out_S = _difference_of_means(x_SD, draft)
+            weight_DF, bias_F, held_out_S = _difference_of_means(each.of(draft.rows), draft)
         else:
-            weight_DF, bias_F, held_out_S, penalty = _logistic(x_SD, draft, penalties)
+            weight_DF, bias_F, held_out_S, penalty = _logistic(each, draft, penalties)
             draft.penalties[f"{layer} {pool}"] = penalty
         draft.held_out_LPS[place, POOLS.index(pool)] = held_out_S
         if pool == "mean":
@@ -196,14 +224,20 @@ def _fit_layer(draft: Draft, states: dict[str, np.ndarray], place: int, layer: i
             draft.other_LD[pool][place], draft.other_bias_L[pool][place] = weight_DF[:, 0], bias_F[0]
 
 
-def _logistic(x_SD: Tensor, draft: Draft, penalties: Sequence[float]) -> tuple[Tensor, Tensor, np.ndarray, float]:
+def _logistic(states: _States, draft: Draft, penalties: Sequence[float]) -> tuple[Tensor, Tensor, np.ndarray, float]:
     """Weights [D, F] and biases [F] on layer-normed states at the penalty of best cross-validated AUROC."""
-    center_D, scale_D = x_SD.mean(0), x_SD.std(0).clamp_min(1e-4)
-    standard_SD = (x_SD - center_D) / scale_D
-    labels_S, weights_S = torch.from_numpy(draft.rows.labels), torch.from_numpy(draft.rows.balanced(draft.rows.weights))
+    standard, center_D, scale_D = states.standard(draft.rows)
     folds_S = torch.from_numpy(draft.folds_S)
-    paths = logistic_paths(standard_SD, labels_S, weights_S, folds_S, num_folds=draft.num_folds, penalties=penalties)
-    held_out_SC = paths.held_out(standard_SD, folds_S).numpy()
+    paths = logistic_paths(
+        standard,
+        torch.from_numpy(draft.rows.labels),
+        torch.from_numpy(draft.rows.balanced(draft.rows.weights)),
+        folds_S,
+        num_folds=draft.num_folds,
+        penalties=penalties,
+    )
+    x_SD = standard.x_SW if isinstance(standard, Rotated) else standard
+    held_out_SC = paths.held_out(x_SD, folds_S).numpy()
     best = _best_penalty(held_out_SC, draft, penalties)
     weight_DF = paths.weight_WFC[..., best] / scale_D[:, None]
     bias_F = paths.bias_FC[:, best] - center_D @ weight_DF
@@ -237,7 +271,7 @@ def _difference_of_means(x_SD: Tensor, draft: Draft) -> tuple[Tensor, Tensor, np
     return weight_D[:, None].expand(-1, copies), bias.expand(copies), (x_SD @ weight_D + bias).numpy()
 
 
-def _score_tokens(encyclopedia: Encyclopedia, drafts: list[Draft], *, progress: bool) -> None:
+def _score_tokens(encyclopedia: Encyclopedia, drafts: list[Draft], layers: tuple[int, ...], *, progress: bool) -> None:
     """Out-of-fold logits of each row's strongest token, block of texts by block."""
     column, num_pool = [], POOLS.index("max")
     wanted: dict[int, list[tuple[int, int]]] = {}
@@ -247,10 +281,10 @@ def _score_tokens(encyclopedia: Encyclopedia, drafts: list[Draft], *, progress: 
             wanted.setdefault(row, []).append((lens, place))
     rows = np.array(sorted(wanted))
     blocks = [rows[start : start + BLOCK_TEXTS] for start in range(0, len(rows), BLOCK_TEXTS)]
-    with _progress(progress, total=len(blocks) * len(encyclopedia.spec.layers), label="strongest tokens") as bar:
+    with _progress(progress, total=len(blocks) * len(layers), label="strongest tokens") as bar:
         for block in blocks:
             present = sorted({lens for row in block.tolist() for lens, _ in wanted[row]})
-            for layer_place, layer in enumerate(encyclopedia.spec.layers):
+            for layer_place, layer in enumerate(layers):
                 states, offsets = encyclopedia.token_states(layer, block)
                 weight_WD = torch.cat([drafts[lens].token_LFD[layer_place] for lens in present])
                 bias_W = torch.cat([drafts[lens].token_bias_LF[layer_place] for lens in present])

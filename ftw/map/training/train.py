@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 
 from ftw.errors import ConfigError, DataError
 from ftw.hat.lens import Head, HeadConfig
+from ftw.hat.pooling import STATE_POOLS
 from ftw.hat.store import LensStack
 from ftw.map.collect import CollectConfig, collect
 from ftw.map.concept import ConceptPack
@@ -83,6 +84,7 @@ def train_pack(
     """
     encyclopedia.check_substrate(substrate.name, substrate.fingerprint)
     solver = solver_of(config)
+    quiet_lightning()
 
     def pack_of(fitted: Fitted) -> tuple[LensPack, Evaluation | None]:
         return finish(
@@ -103,6 +105,9 @@ def train_pack(
             )
         # Built first: what is wrong with its options should be said before the work.
         loggers = [] if trainer is None else trainer([]).loggers
+        if not config.training.pools:
+            pools = ["mean"] if concepts is not None else list(STATE_POOLS)
+            config = replace(config, training=replace(config.training, pools=pools))
         pack, evaluation = pack_of((_recipe if solver == "logistic" else _closed_form)(encyclopedia, config, step))
         if folder is not None:
             pack.save(folder)
@@ -114,7 +119,6 @@ def train_pack(
     def of_task(stack: LensStack, pool: Pool, task: LensTask) -> tuple[LensPack, Evaluation | None]:
         return pack_of(Fitted(stack, solver, lambda: _shuffled_by_descent(pool, task, config)))
 
-    quiet_lightning()
     data = EncyclopediaDataModule(encyclopedia, config.training, seed=config.seed)
     task = build_task(data.pool, config.head, config.training, seed=config.seed)
     callback = LensBankCallback(encyclopedia, of_task, folder=folder, watch_prompt=watch_prompt, substrate=substrate)

@@ -91,7 +91,7 @@ def test_the_recipe_makes_a_pack_that_reads_texts_as_it_was_judged(tmp_path: Pat
     figures, again = pack.metrics["capitals"], LensPack.load(pack.save(tmp_path / "pack"))
     assert figures["auroc"] > 0.9
     assert {"auroc_both", "auroc_text", "auroc_shuffled"} <= set(figures)
-    assert set(figures["choice"]["evidence"]) == {"mean", "max", "last", "tail", "spread", "all", "combined"}
+    assert set(figures["choice"]["evidence"]) == {"mean", "max", "last", "tail", "spread", "all", "combined", "text"}
     assert pack.recipe.solver == "logistic"
     assert pack.recipe.pooling == "per lens"
     for one in (pack, again):
