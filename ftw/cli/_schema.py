@@ -53,6 +53,7 @@ class MonitorJob:
         watch: concepts read at every token; they and all below them alarm above the percentile `alarm` (0.99 if null).
         text_window: pieces of text that the text lenses read together.
         levels: of the hierarchy that are read; null for all.
+        precision: of the lenses' weights: auto (float16 where it can hold them), float32, float16, bfloat16 or int8.
     """
 
     pack: str = "runs/latest/pack"
@@ -66,6 +67,7 @@ class MonitorJob:
     alarm: float | None = None
     text_window: int = 32
     levels: list[int] | None = None
+    precision: str = "auto"
     json: bool = False
     save: str | None = None
     seed: int = 0

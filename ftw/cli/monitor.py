@@ -49,7 +49,7 @@ def reader_of(job: MonitorJob, pack: LensPack, substrate: Substrate) -> Monitor:
     """
     return Monitor(
         substrate,
-        None if job.mode == "text" else pack.bank(),
+        None if job.mode == "text" else pack.bank().stored(job.precision),
         text=None if job.mode == "activation" else pack.text,
         mode=job.mode,
         top_k=job.top_k,

@@ -9,7 +9,7 @@ from random_lenses import random_stack
 from torch.nn.functional import layer_norm
 
 from ftw.errors import ConceptError, SubstrateError
-from ftw.hat.bank import LensBank, _interpolate, build_bank
+from ftw.hat.bank import MANY_VALUES, VALUES_AT_ONCE, LensBank, _interpolate, build_bank
 from ftw.hat.lens import HeadConfig
 from ftw.hat.store import LensStack
 from ftw.map.calibrate import percentile
@@ -76,8 +76,10 @@ def test_dropout_never_acts_in_a_bank():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.integers(2, 40), st.booleans(), st.booleans())
-def test_percentile_equals_that_of_the_calibration(seed: int, num_quantiles: int, steps: bool, meet: bool):
+@given(
+    st.integers(0, 2**31), st.integers(2, 40), st.booleans(), st.booleans(), st.sampled_from([1, MANY_VALUES // 15 + 1])
+)
+def test_percentile_equals_that_of_the_calibration(seed: int, num_quantiles: int, steps: bool, meet: bool, copies: int):
     rng = np.random.default_rng(seed)
     quantiles_NQ = np.sort(rng.normal(size=(3, num_quantiles)).astype(np.float32), axis=1)
     if steps:
@@ -86,6 +88,7 @@ def test_percentile_equals_that_of_the_calibration(seed: int, num_quantiles: int
     if meet:
         logits_BN[:3] = quantiles_NQ[:, rng.integers(num_quantiles, size=3)].T
     logits_BN[4, 1] = np.nan
+    logits_BN = np.tile(logits_BN, (copies, 1))  # many values are searched in another way than few
     levels_Q = np.linspace(0, 1, num_quantiles)
     tensors = torch.from_numpy(quantiles_NQ), torch.from_numpy(levels_Q.astype(np.float32))
     ours_BN = _interpolate(torch.from_numpy(logits_BN).T.contiguous(), *tensors).T.numpy()
@@ -97,6 +100,14 @@ def test_percentiles_of_chosen_lenses_are_those_of_all():
     logits_BN, lenses_BK = torch.randn(7, 6), torch.randint(6, (7, 3))
     chosen_BK = bank.percentile(logits_BN.gather(1, lenses_BK), lenses_BK)
     torch.testing.assert_close(chosen_BK, bank.percentile(logits_BN).gather(1, lenses_BK))
+
+
+def test_percentiles_of_many_lenses_are_those_of_each():
+    bank = random_stack(num=VALUES_AT_ONCE // 4).bank()
+    logits_BN = torch.randn(9, len(bank))
+    whole_BN = bank.percentile(logits_BN)
+    for lenses in torch.randint(len(bank), (20, 9, 1)):
+        torch.testing.assert_close(bank.percentile(logits_BN.gather(1, lenses), lenses), whole_BN.gather(1, lenses))
 
 
 def test_percentile_rises_with_the_logit_from_zero_to_one():

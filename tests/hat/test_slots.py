@@ -201,3 +201,11 @@ def test_a_stack_folds_the_layer_norms_that_its_file_holds():
         torch.testing.assert_close(head(x_BW), expected(x_BW))
     with pytest.raises(PackError, match="norm_bias"):
         again(stack.lens_tensors() | {"norm_weight": norms["norm_weight"]})
+
+
+def test_the_precision_of_a_live_reading_is_float16_unless_a_weight_is_beyond_it():
+    stack = random_stack(num=50, calibrated=False)
+    assert stack.bank().stored().heads[0].weight.dtype == torch.float16
+    assert stack.bank().stored("float32").heads[0].weight.dtype == torch.float32
+    stack.heads[0].weight.data[3, 7] = 1e7
+    assert stack.bank().stored().heads[0].weight.dtype == torch.float32
