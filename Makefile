@@ -56,7 +56,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 
 bench: .venv/.installed-train
-	@$(BIN)/python experiments/bank/run.py
+	@$(BIN)/ftw bench bank
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -14,6 +14,7 @@ VERBS = {
     "train": "train, calibrate and evaluate lenses, and write a pack (collects what is missing)",
     "evaluate": "figures of a pack on held-out texts",
     "monitor": "generate with the lenses live",
+    "bench": "what reading, loading and training cost, beside a baseline and a floor",
 }
 
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ftw import paths
 from ftw.__main__ import VERBS
 from ftw.cli._help import help_text
-from ftw.cli._schema import ConceptsJob, MonitorJob, register
+from ftw.cli._schema import BenchJob, ConceptsJob, MonitorJob, register
 from ftw.cli._schema_train import DATA, CollectJob, DemoJob, EvaluateJob, TrainJob
 
 CONF = paths.conf()
@@ -21,6 +21,7 @@ JOBS = {
     "evaluate": EvaluateJob,
     "monitor": MonitorJob,
     "concepts": ConceptsJob,
+    "bench": BenchJob,
 }
 NEEDED = [
     "substrate=local",
@@ -63,7 +64,12 @@ def test_every_experiment_makes_a_typed_job(verb: str, experiment: str):
 @pytest.mark.parametrize("verb", JOBS)
 def test_every_verb_has_a_job_that_composes_and_help_that_names_its_choices(verb: str):
     groups = {name for name in NEEDED if "=" in name}
-    own = {"monitor": NEEDED[:2], "concepts": NEEDED[2:4], "evaluate": [*NEEDED[:2], *NEEDED[4:]]}.get(verb, groups)
+    own = {
+        "monitor": NEEDED[:2],
+        "bench": [*NEEDED[:2], "bench=bank"],
+        "concepts": NEEDED[2:4],
+        "evaluate": [*NEEDED[:2], *NEEDED[4:]],
+    }.get(verb, groups)
     assert isinstance(job(verb, *own), JOBS[verb])
     text = help_text(verb, str(CONF))
     assert text.startswith(f"ftw {verb}: ")

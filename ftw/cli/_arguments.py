@@ -19,14 +19,30 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ftw.cli._schema import BENCHES
 from ftw.errors import ConfigError
 
 # A dry run leaves no folder.
 FLAGS = {"--json": ["json=true"], "--dry-run": ["dry_run=true", "hydra.run.dir=.", "hydra.output_subdir=null"]}
+FILE_FLAGS = {"bench": ("--json", "--plot")}  # options that take a file
 ALIASES = {"evaluate": {"texts": "data.path"}}
-ACTIONS = {"concepts": {action: f"action={action}" for action in ("show", "build", "verify")}}
+ACTIONS = {
+    "concepts": {action: f"action={action}" for action in ("show", "build", "verify")},
+    "bench": {name: f"bench={name}" for name in BENCHES},
+}
 TEXT_KEYS = ("prompt", "text", "watch_prompt", "generation.system")
-PATH_KEYS = ("data.path", "texts", "pack", "save", "resume", "out", "concepts.path", "substrate.path")
+PATH_KEYS = (
+    "data.path",
+    "texts",
+    "pack",
+    "save",
+    "resume",
+    "out",
+    "concepts.path",
+    "substrate.path",
+    "encyclopedia",
+    "plot",
+)
 # Hydra's options; the second group takes a value.
 OPTIONS = (
     "--help",
@@ -70,7 +86,9 @@ def readable(verb: str, words: Sequence[str]) -> list[str]:
     for word in rest:
         key, equals, value = word.partition("=")
         key = ALIASES.get(verb, {}).get(key, key)
-        if word in FLAGS:
+        if key in FILE_FLAGS.get(verb, ()):
+            result.append(f"{key[2:]}={quoted(value if equals else next(rest, ''))}")
+        elif word in FLAGS:
             result += FLAGS[word]
         elif word.startswith("-"):
             options += [word, *([next(rest)] if word in VALUED and word != words[-1] else [])]
@@ -249,6 +267,8 @@ def _unreadable(word: str, verb: str) -> str:
     if "=" in word:
         key = word.partition("=")[0]
         return f"{word}: a sign in this value is grammar to Hydra; put it in two kinds of quotes: {key}='\"...\"'"
+    if actions := ACTIONS.get(verb):
+        return f"{word!r} is none of {', '.join(actions)}{near(word, actions)} Keys are given as key=value"
     example = f'; a prompt is given as prompt="{word}"' if verb in ("monitor", "demo") else "; write key=value"
     return f"{word!r} is not of the form key=value{example} (ftw {verb} --help says which keys there are)"
 

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -18,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from ftw import paths
+from ftw.bench.machine import git_state, processor
 from ftw.substrate.sources import Fetched
 
 PACKAGES = (
@@ -63,11 +63,11 @@ def provenance(job: Any, inputs: Sequence[Fetched]) -> dict[str, Any]:
         "command": command(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": getattr(job, "seed", None),
-        "git": _git(),
+        "git": git_state(),
         "versions": versions(),
         "machine": {
             "platform": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -114,27 +114,3 @@ def point_latest(folder: Path) -> None:
 def shown(folder: Path) -> str:
     """A folder as a user would type it from here."""
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the checkout that FTW runs from, or None when it was installed."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor()

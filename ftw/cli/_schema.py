@@ -11,8 +11,11 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from ftw.bench.measure import BenchConfig
 from ftw.map.concept_source import ConceptsConfig
 from ftw.substrate.model import SubstrateConfig
+
+BENCHES = ("bank", "shelf", "text", "monitor", "train", "load")
 
 
 @dataclass(kw_only=True)
@@ -32,6 +35,20 @@ class GenerationConfig:
     options: dict[str, Any] = field(default_factory=dict)
     chat: bool = True
     system: str | None = None
+
+
+@dataclass(kw_only=True)
+class BenchJob(BenchConfig):
+    """`ftw bench`.
+
+    Attributes:
+        bench: what is measured: bank, shelf, text, monitor, train or load.
+        json: file for the rows. plot: file for the cost curve of `bank`; beside the JSON if null.
+    """
+
+    bench: str = ""
+    json: str | None = None
+    plot: str | None = None
 
 
 @dataclass(kw_only=True)
