@@ -260,6 +260,11 @@ class LensBank(nn.Module):
         return torch.tensor(find_rows(names, self.index), dtype=torch.long, device=self.offset.device)
 
     @property
+    def filled(self) -> list[Head]:
+        """The heads of the lenses that are there, one a layer (or one for all layers, folded)."""
+        return self._now
+
+    @property
     def _folded(self) -> bool:
         return self.scale.shape[0] == 0
 

@@ -140,7 +140,7 @@ class ColdLenses:
         self._wide = {name: field for name, field in fields.items() if name not in self._small}
         self._calibration = dict(calibration)
         everyone = calibration_from_tensors(calibration, len(self.names), len(layers), where)
-        self.readings = LensStack(names=self.names, layers=layers, heads=[], basis=None, **everyone).bank()
+        self.readings = LensStack(names=self.names, layers=layers, heads=[], basis=None, trunk=None, **everyone).bank()
         self._empty = self._stack([], {name: field.none() for name, field in self._wide.items()}).bank()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="ftw-cold")
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ftw.errors import ConceptError, ConfigError
 from ftw.hat.pages import empty_rows
 
-FAMILIES = ("linear", "mlp")
+SEQUENCE_FAMILIES = ("lstm", "gru", "attention", "trunk_lstm", "token_max", "token_mean")
+FAMILIES = ("linear", "mlp", *SEQUENCE_FAMILIES)
 
 
 @dataclass(kw_only=True)
@@ -26,27 +27,38 @@ class HeadConfig:
     """Which classifier reads a state.
 
     Attributes:
-        family: "linear" (logistic) or "mlp" (W -> hidden -> hidden/2 -> 1).
-        hidden: width of the first hidden layer; a positive width makes a linear head an MLP.
-        dropout: share of hidden units dropped in training (MLP only).
+        family: "linear" (logistic) or "mlp" (W -> hidden -> hidden/2 -> 1) on pooled states; on sequences "lstm",
+            "gru", "attention", "trunk_lstm" (one shared LSTM, a linear head a concept), "token_max" or "token_mean".
+        hidden: width of the first hidden layer; a positive width makes a linear head an MLP. Units of an LSTM or GRU in
+            each direction (0: 256), queries of an attention lens (0: 4).
+        dropout: share of hidden units dropped in training (MLP, LSTM and GRU).
     """
 
     family: str = "linear"
     hidden: int = 0
     dropout: float = 0.0
 
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether such lenses read the states of several tokens, not one pooled state."""
+        return self.family in SEQUENCE_FAMILIES
+
     def build(self, num_lenses: int, width: int) -> "Head":
-        """N untrained lenses over inputs of `width` numbers."""
+        """N untrained lenses over inputs of `width` numbers (of a trunk's output, for trunk_lstm)."""
         # Imported here: the families import this module for their parent class.
         from ftw.hat.linear import LinearHead
         from ftw.hat.mlp import MLPHead
 
         if self.family not in FAMILIES:
-            raise ConfigError(f"hat.lens.family={self.family!r} is not a lens family; choose {' or '.join(FAMILIES)}")
+            raise ConfigError(f"hat.lens.family={self.family!r} is not a lens family; choose {', '.join(FAMILIES)}")
         if self.hidden < 0 or not 0 <= self.dropout < 1:
             raise ConfigError(f"hat.lens: hidden={self.hidden} must be >= 0 and dropout={self.dropout} in [0, 1)")
-        if self.hidden == 0 and self.family == "linear":
+        if self.family == "trunk_lstm" or (self.hidden == 0 and self.family == "linear"):
             return LinearHead(num_lenses, width)
+        if self.reads_sequences:
+            from ftw.hat.temporal.families import build_head
+
+            return build_head(self, num_lenses, width)
         if self.hidden < 2:
             raise ConfigError(
                 f"hat.lens.hidden={self.hidden}: an MLP lens needs at least 2 hidden units (128 is usual)"

@@ -23,6 +23,10 @@ from ftw.hat.basis import Basis
 from ftw.hat.lens import Head, HeadConfig, find_rows
 from ftw.hat.mlp import MLPHead
 from ftw.hat.pooling import Pooling
+from ftw.hat.temporal.bank import SequenceBank
+from ftw.hat.temporal.families import UNITS, described
+from ftw.hat.temporal.sequence import SequenceHead
+from ftw.hat.temporal.trunk import Trunk
 
 
 @dataclass(kw_only=True)
@@ -36,7 +40,7 @@ class LensStack:
         quantiles_NQ, levels_Q: background quantiles of that logit on single tokens.
         threshold_N: logit above which a text is called positive (best F1 on out-of-fold rows).
         threshold_1fpr_N: logit that 1 % of the out-of-fold negatives exceed.
-        basis: shared projection, or None.
+        basis: shared projection, or None. trunk: shared encoder of sequences, or None.
         pooling: how a whole text is read, where that is more than the lens's logit of its mean state; or None.
     """
 
@@ -51,9 +55,34 @@ class LensStack:
     threshold_1fpr_N: Tensor = field(default_factory=lambda: torch.empty(0))
     basis: Basis | None = None
     pooling: Pooling | None = None
+    trunk: Trunk | None = None
+
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether the lenses read sequences; then `sequence_bank` is what reads them."""
+        return self.trunk is not None or any(isinstance(head, SequenceHead) for head in self.heads)
 
     def bank(self) -> LensBank:
-        """The module that reads: calibration folded in."""
+        """The module that reads single states: calibration folded in.
+
+        Raises:
+            PackError: the lenses read sequences.
+        """
+        if self.reads_sequences:
+            raise PackError("these lenses read sequences, not single states; read windows: ftw monitor mode=timeline")
+        return self._bank(self.basis)
+
+    def sequence_bank(self) -> SequenceBank:
+        """The module that reads sequences.
+
+        Raises:
+            PackError: the lenses read single states.
+        """
+        if not self.reads_sequences:
+            raise PackError("these lenses read single states; their bank is stack.bank()")
+        return SequenceBank(self._bank(None), basis=self.basis, trunk=self.trunk)
+
+    def _bank(self, basis: Basis | None) -> LensBank:
         num_layers = len(self.layers)
         return build_bank(
             names=self.names,
@@ -63,7 +92,7 @@ class LensStack:
             offset_N=self.offset_NL.mean(1),
             quantiles_NQ=self.quantiles_NQ if self.levels_Q.numel() else None,
             levels_Q=self.levels_Q if self.levels_Q.numel() else None,
-            basis=self.basis,
+            basis=basis,
         )
 
     def rows(self, names: Sequence[str]) -> "LensStack":
@@ -119,6 +148,7 @@ def stack_from_tensors(
     basis: Mapping[str, Tensor] | None,
     basis_rank: int,
     where: str,
+    trunk: Mapping[str, Tensor] | None = None,
 ) -> LensStack:
     """A stack from the tensors of a pack, every name and shape checked.
 
@@ -129,7 +159,10 @@ def stack_from_tensors(
         PackError: a tensor is missing, of another shape, or not finite; names file and tensor.
     """
     num, num_layers = len(names), len(layers)
-    read_width = basis_rank or width
+    read_width, encoder = basis_rank or width, None
+    if head.family == "trunk_lstm":
+        encoder = _trunk(trunk or {}, num_layers, read_width, head.hidden or UNITS, where)
+        read_width = 2 * encoder.hidden
     with torch.device("meta"):  # shapes only: what a hostile index declares is not allocated
         shapes = {name: tensor.shape[1:] for name, tensor in head.build(1, read_width).state_dict().items()}
     checked = {name: check_tensor(lens, name, (num, num_layers, *shape), where) for name, shape in shapes.items()}
@@ -151,6 +184,7 @@ def stack_from_tensors(
         layers=layers,
         heads=heads,
         basis=shared,
+        trunk=encoder,
         **calibration_from_tensors(calibration, num, num_layers, where),
     )
 
@@ -176,11 +210,24 @@ def calibration_from_tensors(
 def head_of(stack: LensStack) -> HeadConfig:
     """The configuration that builds a stack's heads again."""
     head = stack.heads[0]
+    if stack.trunk is not None:
+        return HeadConfig(family="trunk_lstm", hidden=stack.trunk.hidden)
+    if isinstance(head, SequenceHead):
+        return described(head)
     return (
         HeadConfig(family="mlp", hidden=head.hidden, dropout=head.dropout)
         if isinstance(head, MLPHead)
         else HeadConfig()
     )
+
+
+def _trunk(tensors: Mapping[str, Tensor], num_layers: int, width: int, hidden: int, where: str) -> Trunk:
+    with torch.device("meta"):
+        trunk = Trunk(num_layers, width, hidden=hidden)
+    shapes = {name: tuple(tensor.shape) for name, tensor in trunk.state_dict().items()}
+    checked = {name: check_tensor(tensors, name, shape, where) for name, shape in shapes.items()}
+    trunk.load_state_dict(checked, assign=True)
+    return trunk.requires_grad_(False)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

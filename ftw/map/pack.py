@@ -20,6 +20,7 @@ from ftw.hat.bank import LensBank
 from ftw.hat.lens import HeadConfig
 from ftw.hat.pooling import Pooling, pooling_from_tensors
 from ftw.hat.store import LensStack, head_of, read_tensors, stack_from_tensors, write_tensors
+from ftw.hat.temporal.bank import PooledTokens, SequenceReader
 from ftw.hat.text import TextBank
 from ftw.map.concept import ConceptPack
 from ftw.map.manifest import read_json, safe_member, verify_manifest, write_manifest
@@ -123,6 +124,12 @@ class LensPack:
         """The lenses as one module."""
         return self.stack.bank()
 
+    def reader(self) -> SequenceReader:
+        """The lenses as what reads windows: sequence lenses, or those of single states over a window's pool."""
+        if self.stack.reads_sequences:
+            return self.stack.sequence_bank()
+        return PooledTokens(self.stack.bank(), self.recipe.pooling)
+
     def check(self, substrate: Substrate) -> None:
         """Refuse another substrate than the one the lenses were trained on.
 
@@ -144,6 +151,7 @@ class LensPack:
         pack_info.json                      id, version, recipe, levels, provenance
         hierarchy/                          the concept pack
         basis.safetensors                   when the recipe has one
+        trunk.safetensors                   when the lenses share an encoder of sequences
         layer<level>/lenses.safetensors     stacked tensors of that level, axis 0 = row
         layer<level>/pooling.safetensors    how whole texts are read, where that is more than a mean
         layer<level>/results.json           row -> concept, with metrics
@@ -168,6 +176,8 @@ class LensPack:
             write_tensors(temporary / "calibration.safetensors", self.stack.rows(ordered).calibration_tensors())
             if self.stack.basis is not None:
                 write_tensors(temporary / "basis.safetensors", dict(self.stack.basis.state_dict()))
+            if self.stack.trunk is not None:
+                write_tensors(temporary / "trunk.safetensors", dict(self.stack.trunk.state_dict()))
             if self.concepts is not None:
                 self.concepts.save(temporary / "hierarchy")
             if self.text is not None:
@@ -331,6 +341,7 @@ def _read_stack(folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[str
         calibration=read_tensors(safe_member(folder, "calibration.safetensors")),
         basis=read_tensors(safe_member(folder, "basis.safetensors")) if recipe.basis_rank else None,
         basis_rank=recipe.basis_rank,
+        trunk=read_tensors(safe_member(folder, "trunk.safetensors")) if recipe.family == "trunk_lstm" else None,
         where=str(folder),
     )
     return replace(stack, pooling=_read_pooling(folder, recipe, names_of))

@@ -1,0 +1,132 @@
+"""Sequence banks and sliding windows: live as recorded, truncated at the start, a gap where there is nothing."""
+
+import pytest
+import torch
+from random_lenses import random_stack
+
+from ftw.errors import ConfigError, PackError, SubstrateError
+from ftw.hat.lens import HeadConfig
+from ftw.hat.store import LensStack
+from ftw.hat.temporal.bank import PooledTokens
+from ftw.hat.temporal.trunk import Trunk
+from ftw.hat.temporal.windows import WindowReader
+
+FAMILIES = ("lstm", "gru", "attention", "trunk_lstm", "token_max", "token_mean")
+WIDTH, LAYERS = 8, (1, 2)
+
+
+def stack_of(family: str, *, num: int = 5, rank: int = 0, seed: int = 0) -> LensStack:
+    """Random sequence lenses with the calibration of `random_stack`."""
+    plain = random_stack(num=num, layers=LAYERS, width=WIDTH, rank=rank, seed=seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = HeadConfig(family=family, hidden=3 if family in ("lstm", "gru", "trunk_lstm") else 0)
+        trunk = Trunk(len(LAYERS), rank or WIDTH, hidden=3) if family == "trunk_lstm" else None
+        plain.heads = [head.build(num, 6 if trunk else rank or WIDTH) for _ in LAYERS]
+        for one in plain.heads:
+            for parameter in one.parameters():
+                torch.nn.init.normal_(parameter, std=0.5)
+        plain.trunk = trunk
+    return plain
+
+
+def states(num_tokens: int, batch: int = 2, seed: int = 3) -> torch.Tensor:
+    return torch.randn(batch, num_tokens, len(LAYERS), WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_read_live_are_those_of_the_recorded_text_read_one_by_one(family: str, rank: int):
+    bank = stack_of(family, rank=rank).sequence_bank()
+    reader, whole_BTLD = WindowReader(bank, window=6, stride=4), states(19)
+    live = torch.cat([reader.push(whole_BTLD[:, t : t + 1]) for t in range(19)], dim=1)
+    reader.begin()
+    recorded = reader.push(whole_BTLD)
+    assert torch.allclose(live, recorded, atol=1e-5, equal_nan=True)
+    for end in range(1, 20):
+        if end % 4:
+            assert live[:, end - 1].isnan().all()
+        else:
+            alone_BN = bank(whole_BTLD[:, max(0, end - 6) : end])
+            assert (live[:, end - 1] - alone_BN).abs().max() < 1e-4
+
+
+def test_a_long_text_is_read_in_parts_as_in_one():
+    bank = stack_of("lstm").sequence_bank()
+    reader, whole_BTLD = WindowReader(bank, window=20, stride=7), states(150, batch=1)
+    logits_TN = reader.push(whole_BTLD)[0]
+    for end in (7, 63, 70, 147):
+        assert (logits_TN[end - 1] - bank(whole_BTLD[:, max(0, end - 20) : end])[0]).abs().max() < 1e-4
+
+
+def test_the_end_of_each_sequence_is_read_whatever_the_stride():
+    bank = stack_of("gru").sequence_bank()
+    reader, whole_BTLD = WindowReader(bank, window=6, stride=4), states(11, batch=3)
+    reader.push(whole_BTLD)
+    tails = reader.tails([11, 8, 2])
+    assert set(tails) == {0, 2}
+    assert (tails[0] - bank(whole_BTLD[:1, 5:11])[0]).abs().max() < 1e-4
+    assert (tails[2] - bank(whole_BTLD[2:, :2])[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("pool", ["mean", "last", "max"])
+def test_lenses_of_single_states_read_windows_by_their_pool(pool: str):
+    bank = random_stack(layers=LAYERS, width=WIDTH).bank()
+    reader, whole_BTLD = WindowReader(PooledTokens(bank, pool), window=4, stride=2), states(8, batch=1)
+    last_N = reader.push(whole_BTLD)[0, -1]
+    window_TLD = torch.nn.functional.layer_norm(whole_BTLD[0, 4:], (WIDTH,), eps=1e-5)
+    expected = {
+        "mean": lambda: bank.logits(window_TLD.mean(0, keepdim=True))[0],
+        "last": lambda: bank.logits(window_TLD[-1:])[0],
+        "max": lambda: bank.logits(window_TLD).amax(0),
+    }[pool]()
+    assert (last_N - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sequence_without_tokens_is_a_gap_and_moves_no_other(family: str):
+    bank, x_BTLD = stack_of(family).sequence_bank(), states(5)
+    logits_BN = bank(x_BTLD, torch.tensor([0, 4]))
+    assert logits_BN[0].isnan().all()
+    assert (logits_BN[1] - bank(x_BTLD[1:, :4])[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_state_that_is_not_a_number_never_becomes_one(family: str):
+    bank, x_BTLD = stack_of(family).sequence_bank(), states(5)
+    x_BTLD[0, 2, 0, 1] = torch.nan
+    logits_BN = bank(x_BTLD)
+    assert logits_BN[0].isnan().all()
+    assert logits_BN[1].isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_states_and_single_tokens_give_finite_logits(family: str):
+    bank = stack_of(family).sequence_bank()
+    assert bank(torch.ones(2, 9, len(LAYERS), WIDTH)).isfinite().all()
+    assert bank(states(1)).isfinite().all()
+
+
+def test_lenses_in_parts_read_as_all_at_once(monkeypatch: pytest.MonkeyPatch):
+    bank, x_BTLD = stack_of("lstm", num=7).sequence_bank(), states(6)
+    whole = bank(x_BTLD)
+    monkeypatch.setattr("ftw.hat.temporal.sequence.lenses_at_once.__defaults__", (1,))
+    assert len(bank._parts(2, 6)) == 7
+    assert (bank(x_BTLD) - whole).abs().max() < 1e-5
+
+
+def test_windows_that_would_leave_tokens_unread_are_refused():
+    bank = stack_of("attention").sequence_bank()
+    for window, stride in ((0, 1), (5, 0), (5, 6)):
+        with pytest.raises(ConfigError, match="window="):
+            WindowReader(bank, window=window, stride=stride)
+
+
+def test_states_of_another_width_and_the_wrong_kind_of_bank_are_refused():
+    stack = stack_of("lstm")
+    with pytest.raises(SubstrateError, match="width 8"):
+        stack.sequence_bank()(torch.zeros(1, 3, 2, WIDTH + 1))
+    with pytest.raises(PackError, match="mode=timeline"):
+        stack.bank()
+    with pytest.raises(PackError, match=r"stack\.bank"):
+        random_stack().sequence_bank()
