@@ -9,7 +9,8 @@ from ftw.map.collect import CollectConfig
 from ftw.map.compose import ComposeConfig, compose
 from ftw.map.concept import ConceptPack
 from ftw.map.labelled import LabelledConfig, read
-from ftw.map.samples import SampleTable
+from ftw.map.samples import SPLITS, SampleTable
+from ftw.map.sequences import SequencesConfig, compose_sequences
 from ftw.map.wordnet import WordNet
 from ftw.substrate.model import Substrate
 from ftw.ui.steps import Steps
@@ -42,7 +43,12 @@ def samples(job: Any, substrate: Substrate | None, sources: Sources, *, concepts
             sources.fetch("wikipedia-leads")
         table = compose(pack, wordnet, substrate, data, job.seed)
         return Samples(table, pack, [f"{len(pack)} concepts on {len(pack.levels)} levels", *describe(table)])
-    raise ConfigError("data is of no known kind; choose data=wordnet or data=labelled")
+    if isinstance(data, SequencesConfig):
+        pack = concepts or sources.concepts(job.concepts)
+        wordnet = WordNet.open(sources.fetch("wordnet-3.0").folder)
+        table = compose_sequences(pack, wordnet, data, job.seed)
+        return Samples(table, pack, [f"{len(pack)} concepts on {len(pack.levels)} levels", *describe(table)])
+    raise ConfigError("data is of no known kind; choose data=wordnet, data=labelled or data=sequences")
 
 
 def prepare(job: Any, sources: Sources, run_steps: Steps) -> tuple[Substrate, Samples]:
@@ -70,8 +76,20 @@ def describe(table: SampleTable) -> list[str]:
     return lines
 
 
-def capture(config: CollectConfig, table: SampleTable) -> CollectConfig:
-    """The capture that a table needs: without a background split, tokens of training texts serve for percentiles."""
+def capture(config: CollectConfig, table: SampleTable, data: Any = None, seed: int = 0) -> CollectConfig:
+    """The capture that a table needs: without a background split, tokens of training texts serve for percentiles.
+
+    Prompts are answered, and every token of an answer is kept.
+    """
+    if isinstance(data, SequencesConfig):
+        return replace(
+            config,
+            pools=[],
+            tokens_per_text=dict.fromkeys(SPLITS, -1),
+            max_new_tokens=data.max_new_tokens,
+            temperature=data.temperature,
+            sampling_seed=seed,
+        )
     if len(table.where("background")) or config.tokens_per_text.get("train"):
         return config
     return replace(config, tokens_per_text={**config.tokens_per_text, "train": 4})

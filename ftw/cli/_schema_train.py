@@ -12,12 +12,13 @@ from ftw.map.compose import ComposeConfig
 from ftw.map.concept_source import ConceptsConfig
 from ftw.map.evaluate import EvaluateConfig
 from ftw.map.labelled import LabelledConfig
+from ftw.map.sequences import SequencesConfig
 from ftw.map.text_control import TextConfig
 from ftw.map.training.lens_task import TrainingConfig
 from ftw.substrate.model import SubstrateConfig
 
 # Kinds of data: the names in conf/data, with their schemas.
-DATA = {"wordnet": ComposeConfig, "labelled": LabelledConfig}
+DATA = {"wordnet": ComposeConfig, "labelled": LabelledConfig, "sequences": SequencesConfig}
 
 
 @dataclass(kw_only=True)

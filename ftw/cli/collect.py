@@ -20,7 +20,7 @@ def run(job: CollectJob) -> None:
     substrate, made = prepare(job, sources, run_steps)
     if not job.dry_run:
         _run.begin(job)
-    config = capture(job.map.encyclopedia, made.table)
+    config = capture(job.map.encyclopedia, made.table, job.data, job.seed)
     spec = config.spec(substrate)
     folder = encyclopedia_folder(made.table, spec)
     if job.dry_run:

@@ -48,7 +48,7 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
         there = f"the newest is {_run.shown(known[-1])}" if known else f"{_run.shown(paths.runs())} has none"
         raise ConfigError(f"resume={job.resume}: no such checkpoint; {there}")
     substrate, made = prepare(job, sources, run_steps)
-    config = capture(job.map.encyclopedia, made.table)
+    config = capture(job.map.encyclopedia, made.table, job.data, job.seed)
     if job.dry_run:
         cost = estimate(made.table, config.spec(substrate), substrate, measure=True)
         console.print("\n".join(cost.lines()), highlight=False)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -27,6 +28,7 @@ from ftw.map.samples import SampleTable
 from ftw.map.shard import CaptureSpec, ShardPlace, ShardStates
 from ftw.paths import home
 from ftw.substrate.model import Substrate
+from ftw.substrate.sampling import Answer, sample_answers
 from ftw.substrate.taps import read_states, resolve_precision
 
 LAYER_NORM_EPS = 1e-5
@@ -47,6 +49,8 @@ class CollectConfig:
         batch_tokens: padded tokens in one forward pass.
         precision: "auto", "float32" or "bfloat16".
         shard_texts: texts in a shard at most: the unit of work, and the most that a killed run loses.
+        max_new_tokens: 0 reads the texts. Above, they are prompts: an answer of at most so many tokens is sampled to
+            each, and the states of its tokens are kept. temperature, sampling_seed: of the sampling.
     """
 
     layers: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.9])
@@ -56,6 +60,9 @@ class CollectConfig:
     batch_tokens: int = 2048
     precision: str = "auto"
     shard_texts: int = 512
+    max_new_tokens: int = 0
+    temperature: float = 1.0
+    sampling_seed: int = 0
 
     def spec(self, substrate: Substrate) -> CaptureSpec:
         """The capture spec for one substrate on this machine: fractions and "auto" resolved.
@@ -69,6 +76,7 @@ class CollectConfig:
             )
         layers = tuple(sorted(substrate.layers(self.layers)))
         most_tokens = max((self.max_tokens if k < 0 else k for k in self.tokens_per_text.values()), default=0)
+        most_tokens = self.max_new_tokens or most_tokens
         text_bytes = (len(self.pools) + most_tokens) * len(layers) * substrate.width * STATE_BYTES
         return CaptureSpec(
             substrate_name=substrate.name,
@@ -81,7 +89,19 @@ class CollectConfig:
             batch_tokens=self.batch_tokens,
             precision=resolve_precision(substrate, self.precision),
             shard_texts=max(1, min(self.shard_texts, SHARD_BYTES_LIMIT // max(1, text_bytes))),
+            sampling=self._sampling(),
         )
+
+    def _sampling(self) -> dict[str, float] | None:
+        if self.max_new_tokens == 0:
+            return None
+        if self.max_new_tokens < 0 or self.temperature < 0 or self.pools:
+            raise ConfigError(
+                f"max_new_tokens={self.max_new_tokens} and temperature={self.temperature} must not be negative, and "
+                f"pools={self.pools} of sampled answers must be empty: their tokens are kept one by one"
+            )
+        sampled = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        return {**sampled, "seed": self.sampling_seed}
 
 
 def encyclopedia_folder(table: SampleTable, spec: CaptureSpec) -> Path:
@@ -178,7 +198,8 @@ def _collect_one(
                 speed = bar.tasks[task].speed
                 bar.update(task, rate=f"{speed:,.0f} tok/s" if speed else "")
 
-            states = read_shard(substrate, encyclopedia.table, encyclopedia.spec, place, on_tokens)
+            make = sample_shard if encyclopedia.spec.sampling else read_shard
+            states = make(substrate, encyclopedia.table, encyclopedia.spec, place, on_tokens)
             encyclopedia.write_shard(number, states)
     except Timeout:
         return False
@@ -245,6 +266,44 @@ def read_shard(
         tokens=dict(zip(spec.layers, tokens_LTD, strict=True)) if spec.keeps_tokens else {},
         offsets=offsets,
         positions=positions,
+    )
+
+
+def sample_shard(
+    substrate: Substrate,
+    table: SampleTable,
+    spec: CaptureSpec,
+    place: ShardPlace,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> ShardStates:
+    """Answers sampled to one shard's prompts, with the layer-normed states of their tokens rounded to float16.
+
+    Raises:
+        SubstrateError: a prompt too long, or states that are not finite.
+    """
+    assert spec.sampling is not None  # the caller has seen to it
+    answers: list[Answer | None] = [None] * len(place)
+    for answer in sample_answers(
+        substrate,
+        [substrate.chat(text) for text in table.texts[place.start : place.stop]],
+        spec.layers,
+        max_new_tokens=int(spec.sampling["max_new_tokens"]),
+        temperature=spec.sampling["temperature"],
+        seed=int(spec.sampling["seed"]) * 1_000_003 + place.number,
+        precision=spec.precision,
+    ):
+        normed_LTD = layer_norm(answer.states_LTD, (spec.width,), eps=LAYER_NORM_EPS).half()
+        answers[answer.prompt] = answer._replace(states_LTD=normed_LTD)
+        on_tokens(len(answer.token_ids))
+    there = [answer for answer in answers if answer is not None]
+    num_tokens = np.array([len(answer.token_ids) for answer in there], dtype=np.int32)
+    tokens_LTD = torch.cat([answer.states_LTD for answer in there], dim=1).numpy()
+    return ShardStates(
+        num_tokens=num_tokens,
+        tokens=dict(zip(spec.layers, tokens_LTD, strict=True)),
+        offsets=np.concatenate([[0], np.cumsum(num_tokens)]).astype(np.int64),
+        positions=np.concatenate([np.arange(num) for num in num_tokens]).astype(np.int32),
+        token_ids=np.array([token for answer in there for token in answer.token_ids], dtype=np.int32),
     )
 
 

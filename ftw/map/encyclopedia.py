@@ -25,6 +25,7 @@ from ftw.map.estimate import Estimate, estimate
 from ftw.map.index import INDEX, DamagedIndexError, FinishedStates, merge_moments, read_index, write_index
 from ftw.map.samples import SampleTable
 from ftw.map.shard import (
+    TOKEN_IDS,
     CaptureSpec,
     ShardPlace,
     ShardStates,
@@ -275,6 +276,23 @@ class Encyclopedia:
                 states[offsets[place] : offsets[place + 1]] = block
         return states, offsets
 
+    def answers(self, rows: np.ndarray | Sequence[int]) -> list[list[int]]:
+        """Tokens of the answers that were sampled to some prompts.
+
+        Raises:
+            EncyclopediaError: the texts are no prompts; nothing was sampled.
+        """
+        if not self.spec.sampling:
+            raise EncyclopediaError(f"encyclopedia {self.name!r} holds no sampled answers; ftw collect data=sequences")
+        wanted = self._check_rows(rows)
+        found: list[list[int]] = [[] for _ in wanted]
+        for number, places in rows_by_shard(wanted, self.spec.shard_texts):
+            ids, ends = self._read(number, TOKEN_IDS), self._shard_offsets(number)
+            for place in places:
+                local = wanted[place] - self.place(number).start
+                found[place] = ids[ends[local] : ends[local + 1]].tolist()
+        return found
+
     def statistics(self, layer: int) -> ConceptStatistics:
         """Moments, stage and confidence of every concept at a layer.
 
@@ -411,7 +429,12 @@ class _Reading:
 def _differences(present: Encyclopedia, table: SampleTable, spec: CaptureSpec) -> list[str]:
     """In what a store differs from what is asked, in words."""
     there, asked = present.spec.as_json(), spec.as_json()
-    differences = [f"{name} {there[name]} instead of {asked[name]}" for name in asked if there[name] != asked[name]]
+    names = {**there, **asked}
+    differences = [
+        f"{name} {there.get(name)} instead of {asked.get(name)}"
+        for name in names
+        if there.get(name) != asked.get(name)
+    ]
     if present.table.content_hash() != table.content_hash():
         differences.append(f"other texts or marks ({len(present)} texts, asked for {len(table)})")
     return differences

@@ -15,6 +15,7 @@ from ftw.errors import DataError
 from ftw.map.samples import SPLITS, SampleTable
 from ftw.map.shard import CaptureSpec
 from ftw.substrate.model import Substrate
+from ftw.substrate.sampling import sample_answers
 from ftw.substrate.taps import read_states
 
 EXACT_TEXTS = 5_000
@@ -22,6 +23,9 @@ EXACT_TEXTS = 5_000
 # instructions gave 3e11 FLOP/s on SmolLM2-135M; a data-centre GPU reaches some 1e14 on batches of thousands of tokens.
 NOMINAL_FLOPS = {"cpu": 3e11, "cuda": 1e14}
 SHARD_OVERHEAD_BYTES = 16_384
+# Tokens generated one after another, of those read at once: a third on two cores at 64 answers side by side.
+SAMPLING_SHARE = 1 / 3
+TRIAL_PROMPTS = 64
 STATE_BYTES = 2
 
 
@@ -72,6 +76,8 @@ def estimate(table: SampleTable, spec: CaptureSpec, substrate: Substrate, *, mea
     """
     if not len(table):
         raise DataError("the sample table has no texts; nothing can be collected")
+    if spec.sampling:
+        return _of_answers(table, spec, substrate, measure=measure)
     rng = np.random.default_rng(0)
     tokens = cut = kept = 0.0
     sampled: list[list[int]] = []
@@ -98,6 +104,30 @@ def estimate(table: SampleTable, spec: CaptureSpec, substrate: Substrate, *, mea
         seconds=tokens / rate,
         measured=measure,
         exact=exact,
+    )
+
+
+def _of_answers(table: SampleTable, spec: CaptureSpec, substrate: Substrate, *, measure: bool) -> Estimate:
+    """What sampling an answer to every prompt costs, all of them of full length."""
+    assert spec.sampling is not None  # the caller has seen to it
+    most = int(spec.sampling["max_new_tokens"])
+    tokens, rate = len(table) * most, nominal_rate(substrate, spec) * SAMPLING_SHARE
+    if measure:
+        options = {"max_new_tokens": most, "temperature": spec.sampling["temperature"], "precision": spec.precision}
+        trial = [substrate.chat(text) for text in table.texts[:TRIAL_PROMPTS]]
+        start = time.perf_counter()
+        num = sum(len(answer.token_ids) for answer in sample_answers(substrate, trial, spec.layers, **options))
+        rate = max(num, 1) / (time.perf_counter() - start)
+    return Estimate(
+        num_texts=len(table),
+        num_tokens=tokens,
+        num_cut=0,
+        num_kept_tokens=tokens,
+        bytes=_folder_bytes(table, spec, tokens),
+        tokens_per_second=rate,
+        seconds=tokens / rate,
+        measured=measure,
+        exact=False,
     )
 
 

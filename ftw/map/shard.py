@@ -30,6 +30,7 @@ STATE_UNITS = "residual stream after per-token layer norm (dimensionless)"
 # HDF5 1.10 layout: every piece of metadata has a checksum, and any h5py of the last eight years reads it.
 LIBVER = ("v110", "v110")
 CHUNK_BYTES = 1 << 18
+TOKEN_IDS = "tokens/ids"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class CaptureSpec:
         max_tokens: tokens fed of a text, the sink included; the rest is cut off, and the text counted.
         batch_tokens, precision: how the states were computed; they decide the last bits.
         shard_texts: texts in a shard, the unit of work and of what a killed run can lose.
+        sampling: None where the texts themselves are read. Else they are prompts, and the tokens kept are those of an
+            answer sampled to each: max_new_tokens, temperature, seed.
     """
 
     substrate_name: str
@@ -56,6 +59,7 @@ class CaptureSpec:
     batch_tokens: int = 2048
     precision: str = "float32"
     shard_texts: int = 512
+    sampling: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
@@ -89,8 +93,9 @@ class CaptureSpec:
         return hashlib.sha256(words.encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
-        """The spec as plain JSON values."""
-        return {**asdict(self), "layers": list(self.layers), "pools": list(self.pools)}
+        """The spec as plain JSON values; what is not asked for is left out, so that older stores keep their key."""
+        record = {**asdict(self), "layers": list(self.layers), "pools": list(self.pools)}
+        return {name: value for name, value in record.items() if value is not None}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "CaptureSpec":
@@ -125,6 +130,7 @@ class ShardStates:
         tokens: float16 [ΣT, D] by layer: kept token states, text after text.
         offsets: n + 1 places in `tokens`; a text that keeps none has length zero.
         positions: ΣT places of the kept tokens in their texts; 0 is the first content token.
+        token_ids: ΣT tokens of sampled answers.
     """
 
     num_tokens: np.ndarray
@@ -133,6 +139,7 @@ class ShardStates:
     tokens: dict[int, np.ndarray] = field(default_factory=dict)
     offsets: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    token_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
 
 def layer_name(layer: int) -> str:
@@ -224,6 +231,8 @@ def write_shard(place: ShardPlace, spec: CaptureSpec, states: ShardStates) -> No
         if spec.keeps_tokens:
             put(file, "tokens/offsets", states.offsets.astype("<i8"), axes="n texts + 1", units="tokens")
             put(file, "tokens/positions", states.positions.astype("<i4"), axes="ΣT tokens", units="position in text")
+            if spec.sampling:
+                put(file, TOKEN_IDS, states.token_ids.astype("<i4"), axes="ΣT tokens", units="token of the substrate")
             for layer in spec.layers:
                 put(
                     file,
@@ -245,6 +254,8 @@ def _check_states(place: ShardPlace, spec: CaptureSpec, states: ShardStates) -> 
     if spec.keeps_tokens:
         if len(states.offsets) != len(place) + 1 or states.offsets[-1] != len(states.positions):
             raise DataError(f"shard {place.number}: offsets do not end at the {len(states.positions)} kept tokens")
+        if spec.sampling and len(states.token_ids) != len(states.positions):
+            raise DataError(f"shard {place.number}: {len(states.token_ids)} ids for {len(states.positions)} tokens")
         expected |= {("tokens", layer): (len(states.positions), spec.width) for layer in spec.layers}
         arrays |= {("tokens", layer): array for layer, array in states.tokens.items()}
     for name, shape in expected.items():
@@ -296,7 +307,7 @@ def dataset_names(spec: CaptureSpec) -> list[str]:
     names = ["num_tokens", *(pooled_name(pool, layer) for pool in spec.pools for layer in spec.layers)]
     if spec.keeps_tokens:
         names += ["tokens/offsets", "tokens/positions", *(tokens_name(layer) for layer in spec.layers)]
-    return names
+    return [*names, TOKEN_IDS] if spec.sampling else names
 
 
 def rows_by_shard(rows: np.ndarray, shard_texts: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -63,7 +63,7 @@ def generate_texts(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar,
-        _fast_copy(substrate) as model,
+        fast_copy(substrate) as model,
         _own_random_state(substrate.device, seed),
         torch.inference_mode(),
         quiet_transformers(),
@@ -100,12 +100,12 @@ def _generate(
 
 
 @contextlib.contextmanager
-def _fast_copy(substrate: Substrate) -> Iterator[Any]:
-    """The model, or a bfloat16 copy of it where that is faster.
+def fast_copy(substrate: Substrate, precision: str = "auto") -> Iterator[Any]:
+    """The model, or a bfloat16 copy of it where that is asked for, or faster ("auto").
 
     A copy, not autocast: autocast would round all weights anew for every token, which costs more than the token.
     """
-    if substrate.dtype != "float32" or resolve_precision(substrate, "auto") == "float32":
+    if substrate.dtype != "float32" or resolve_precision(substrate, precision) == "float32":
         yield substrate.model
         return
     model = copy.deepcopy(substrate.model)
