@@ -66,7 +66,10 @@ class MonitorJob:
     """`ftw monitor`.
 
     Attributes:
-        mode: activation (what the model thinks), text (what it writes) or dual (both, and where they differ).
+        mode: activation (what the model thinks), text (what it writes), dual (both, and where they differ) or timeline
+            (sliding windows of the answer, with sequence lenses or any others).
+        window, stride: tokens of a window, and from one to the next, in timeline mode. threshold: probability from
+            which a concept is told of a window.
         watch: concepts read at every token; they and all below them alarm above the percentile `alarm` (0.99 if null).
         text_window: pieces of text that the text lenses read together.
         levels: of the hierarchy that are read; null for all.
@@ -83,6 +86,9 @@ class MonitorJob:
     watch: list[str] = field(default_factory=list)
     alarm: float | None = None
     text_window: int = 32
+    window: int = 20
+    stride: int = 5
+    threshold: float = 0.5
     levels: list[int] | None = None
     precision: str = "auto"
     json: bool = False

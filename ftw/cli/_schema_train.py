@@ -15,6 +15,7 @@ from ftw.map.labelled import LabelledConfig
 from ftw.map.sequences import SequencesConfig
 from ftw.map.text_control import TextConfig
 from ftw.map.training.lens_task import TrainingConfig
+from ftw.map.training.temporal_task import SequenceTrainingConfig
 from ftw.substrate.model import SubstrateConfig
 
 # Kinds of data: the names in conf/data, with their schemas.
@@ -35,6 +36,7 @@ class MapNode:
     encyclopedia: CollectConfig = field(default_factory=CollectConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    sequences: SequenceTrainingConfig = field(default_factory=SequenceTrainingConfig)
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,6 +20,9 @@ from ftw.substrate.model import Substrate
 from ftw.ui.colours import Colour, concept_colours
 from ftw.ui.terminal import LiveTokens
 from ftw.ui.watch import alarm_table, gap_table
+from ftw.ui.windows import LiveWindows
+
+CANDIDATES = 64  # strongest concepts of a window that are held against the threshold
 
 
 def monitor(job: MonitorJob) -> None:
@@ -29,6 +33,9 @@ def monitor(job: MonitorJob) -> None:
     substrate = Sources().substrate(job.substrate)
     pack.check(substrate)
     reader = reader_of(job, pack, substrate)
+    if reader.mode == "timeline":
+        tell_windows(job, reader)
+        return
     colours = None if job.json else pack_colours(pack)
     if job.text is not None:
         timeline = read(reader, job.text, colours)
@@ -47,18 +54,54 @@ def reader_of(job: MonitorJob, pack: LensPack, substrate: Substrate) -> Monitor:
     Raises:
         ConfigError: no such mode, or a pack without the lenses for it. ConceptError: an unknown concept to watch.
     """
+    windows = job.mode == "timeline"
     return Monitor(
         substrate,
-        None if job.mode == "text" else pack.bank().stored(job.precision),
-        text=None if job.mode == "activation" else pack.text,
+        pack.reader() if windows else None if job.mode == "text" else pack.bank().stored(job.precision),
+        text=pack.text if job.mode in ("text", "dual") else None,
         mode=job.mode,
-        top_k=job.top_k,
+        # Whatever passes the threshold is told of a window, so all that are strong are needed.
+        top_k=max(job.top_k, CANDIDATES) if windows else job.top_k,
         watch=job.watch,
         alarm=job.alarm,
         lineage=Lineage(pack.names, pack.levels, pack.concepts),
         text_window=job.text_window,
+        window=job.window,
+        stride=job.stride,
         meta={"pack": pack.pack_id, "pack_version": pack.version},
     )
+
+
+def tell_windows(job: MonitorJob, reader: Monitor) -> None:
+    """Print each window as it is read, with the concepts above the threshold; with json=true one object a line."""
+    if not 0 < job.threshold < 1:
+        raise ConfigError(f"threshold={job.threshold} is a probability; choose one between 0 and 1, say 0.5")
+    shown = LiveWindows(window=job.window, threshold=job.threshold, as_json=job.json)
+    if job.text is not None:
+        timeline = reader.read(job.text, on_token=lambda _, reading: shown.add(reading))
+    else:
+        assert job.prompt is not None  # one of the two is given
+        with reader.stream(job.prompt, **_options(job.generation), seed=job.seed) as stream:
+            for reading in stream:
+                shown.add(reading)
+            timeline = stream.timeline
+    if not job.json:
+        Console().print(cost_note(timeline), style="dim", highlight=False)
+    if job.save is not None:
+        timeline.save(Path(job.save))
+
+
+def _options(generation: GenerationConfig) -> dict[str, Any]:
+    """What `Monitor.stream` takes, from the configuration."""
+    sampling = {"temperature": generation.temperature, "top_p": generation.top_p} if generation.do_sample else {}
+    return {
+        "chat": generation.chat,
+        "system": generation.system,
+        "max_new_tokens": generation.max_new_tokens,
+        "do_sample": generation.do_sample,
+        **sampling,
+        **generation.options,
+    }
 
 
 def read(reader: Monitor, text: str, colours: dict[str, Colour] | None) -> Timeline:
@@ -97,13 +140,7 @@ def answer(
     console: Console | None = None,
 ) -> Timeline:
     """Stream one answer to the terminal, or as JSON lines where `colours` is None."""
-    options = {
-        "max_new_tokens": generation.max_new_tokens,
-        "do_sample": generation.do_sample,
-        **({"temperature": generation.temperature, "top_p": generation.top_p} if generation.do_sample else {}),
-        **generation.options,
-    }
-    with reader.stream(prompt, chat=generation.chat, system=generation.system, seed=seed, **options) as stream:
+    with reader.stream(prompt, seed=seed, **_options(generation)) as stream:
         if colours is None:
             for reading in stream:
                 sys.stdout.write(json.dumps(reading.record(), ensure_ascii=False) + "\n")

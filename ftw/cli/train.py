@@ -63,6 +63,7 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
                 head=job.hat.lens,
                 training=job.map.training,
                 text=job.map.text,
+                sequences=job.map.sequences,
                 evaluate=job.evaluate,
                 pack_id=job.pack_id,
                 version=job.version,

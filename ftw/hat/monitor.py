@@ -23,13 +23,15 @@ from ftw.hat.lineage import Lineage
 from ftw.hat.live_text import Comparison, LiveText
 from ftw.hat.readout import Readout, TextLenses
 from ftw.hat.recorder import Bank, OnToken, Recorder
+from ftw.hat.temporal.bank import PooledTokens, SequenceBank, SequenceReader
+from ftw.hat.temporal.windows import WindowReader
 from ftw.hat.text import TextBank
 from ftw.hat.text_window import text_timeline
 from ftw.hat.timeline import Timeline, TokenReading
 from ftw.substrate.model import Substrate
 from ftw.substrate.taps import Tap
 
-MODES = ("activation", "text", "dual")
+MODES = ("activation", "text", "dual", "timeline")
 # Options of `generate` that the monitor fills in itself.
 OWN_OPTIONS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "return_dict_in_generate")
 
@@ -41,12 +43,14 @@ class Monitor:
         substrate: the model under observation.
         bank: the activation lenses; they must have been trained on this substrate. None in text mode.
         text: the text lenses; None in activation mode.
-        mode: "activation", "text" or "dual"; None: what there are lenses for.
+        mode: "activation", "text" or "dual"; None: what there are lenses for. "timeline" reads sliding windows of the
+            answer (of the text, where one is read), with sequence lenses or those of single states.
         top_k: concepts in each token's reading, of each kind, and differences in dual mode.
         watch: concepts read at every token, whether strong or not.
         alarm: percentile from which a watched concept, or one below it, is told as an alarm; None for 0.99.
         lineage: who stands below whom, for alarms; None: the watched concepts alone.
         text_window: pieces that the text lenses read together.
+        window, stride: in tokens, in timeline mode.
         meta: kept with every timeline (pack id, version).
 
     A lens that fails while a model generates costs its reading (`is_missing`, counted in the timeline's meta), not the
@@ -61,7 +65,7 @@ class Monitor:
     def __init__(
         self,
         substrate: Substrate,
-        bank: LensBank | Bank | None = None,
+        bank: "LensBank | SequenceReader | Bank | None" = None,
         *,
         text: TextBank | None = None,
         mode: str | None = None,
@@ -70,12 +74,19 @@ class Monitor:
         alarm: float | None = None,
         lineage: Lineage | None = None,
         text_window: int = 32,
+        window: int = 20,
+        stride: int = 5,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
         self.mode = _mode(mode, bank, text)
         self.substrate, self.top_k, self.watch = substrate, top_k, list(watch)
         self.bank = None if bank is None or self.mode == "text" else _fitting(bank, substrate)
-        self.text = None if self.mode == "activation" else text
+        if self.mode == "timeline":
+            self.bank = WindowReader(_windowed(self.bank), window=window, stride=stride)
+            meta = {**(meta or {}), "window": window, "stride": stride}
+        elif isinstance(self.bank, SequenceBank):
+            raise ConfigError("these lenses read sequences, not single states; use mode='timeline'")
+        self.text = text if self.mode in ("text", "dual") else None
         told = {"top_k": top_k, "alarm": alarm, "lineage": lineage}
         self._live = None if self.text is None else LiveText(self.text, tokens=text_window)
         written = None if self.text is None else TextLenses(self.text)
@@ -153,6 +164,7 @@ class Monitor:
         token_ids = self.substrate.encode(text)
         self._check_length(len(token_ids), 0)
         recorder = self._recorder([text], [token_ids], on_token=on_token)
+        recorder.windows_from = 1  # after the sink
         ids = torch.tensor([token_ids], device=self.substrate.device)
         with Tap(self.substrate, self._layers, recorder.on_states, stop=True):
             self.substrate.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -181,6 +193,7 @@ class Monitor:
             criteria.append(StopStringCriteria(options.setdefault("tokenizer", self.substrate.tokenizer), strings))
         stop_ids = _token_ids(_option(model, options, "eos_token_id"))
         recorder = self._recorder(prompts, encoded, stop_ids=stop_ids, criteria=criteria, on_token=on_token)
+        recorder.windows_from = longest  # where the answers begin
         devices, output = [device] if device.type == "cuda" else [], None
         with (
             torch.random.fork_rng(devices, enabled=seed is not None),
@@ -313,12 +326,17 @@ def _mode(mode: str | None, bank: object | None, text: object | None) -> str:
         raise ConfigError(f"mode={mode!r}: choose {', '.join(MODES)}")
     if bank is None and mode != "text":
         raise ConfigError(f"mode={mode!r} needs activation lenses; give a bank, or use mode='text'")
-    if text is None and mode != "activation":
+    if text is None and mode in ("text", "dual"):
         raise ConfigError(f"mode={mode!r} needs text lenses, and this pack has none; use mode='activation'")
     return mode
 
 
-def _fitting(bank: LensBank | Bank, substrate: Substrate) -> Bank:
+def _windowed(bank: Any) -> SequenceReader:
+    """What reads windows: sequence lenses as they are, lenses of single states over the mean of a window."""
+    return PooledTokens(bank) if isinstance(bank, LensBank) else bank
+
+
+def _fitting(bank: Any, substrate: Substrate) -> Any:
     """The lenses, where the substrate is; refused if they cannot read it."""
     if bank.width != substrate.width:
         raise SubstrateError(
@@ -326,7 +344,7 @@ def _fitting(bank: LensBank | Bank, substrate: Substrate) -> Bank:
             "Load the substrate that the pack names"
         )
     substrate.layers(bank.layers)
-    return bank.to(substrate.device).eval() if isinstance(bank, LensBank) else bank
+    return bank.to(substrate.device).eval() if isinstance(bank, LensBank | SequenceBank) else bank
 
 
 def _left_padded(encoded: Sequence[Sequence[int]], longest: int, pad: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from ftw.errors import SubstrateError
 from ftw.hat.live_text import CANDIDATES, Comparison, LiveText
 from ftw.hat.readout import Readable, Readout, Told
+from ftw.hat.temporal.windows import WindowReader
 from ftw.hat.text_window import text_timeline
 from ftw.hat.timeline import Gap, Reading, Timeline, TokenReading
 from ftw.substrate.model import Substrate
@@ -62,6 +63,7 @@ class Recorder(StoppingCriteria):
         prompts, encoded: what is asked, as text and as tokens.
         stop_ids: tokens that end an answer. criteria: the caller's own stopping criteria.
         on_token: told each reading.
+        windows_from: first position that windows read, where the bank is a `WindowReader`.
     """
 
     substrate: Substrate
@@ -75,6 +77,7 @@ class Recorder(StoppingCriteria):
     stop_ids: Collection[int] = ()
     criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     on_token: OnToken | None = None
+    windows_from: int = 0
 
     def __post_init__(self) -> None:
         self._pending: dict[int, Tensor] = {}
@@ -90,6 +93,8 @@ class Recorder(StoppingCriteria):
         self._last_error = ""
         if self.text is not None:
             self.text.begin()
+        if isinstance(self.bank, WindowReader):
+            self.bank.begin()
 
     def on_states(self, layer: int, states_BTD: Tensor) -> None:
         """Keep a block's output; when the deepest wanted layer has come, read the lenses."""
@@ -125,6 +130,7 @@ class Recorder(StoppingCriteria):
         """Tell what was read after the last step."""
         ends = self._ends or [None] * len(sequences)
         self._ends = [sequences.shape[1] if end is None else end for end in ends]
+        self._read_tails()
         self._tell(sequences)
 
     def timelines(
@@ -165,7 +171,10 @@ class Recorder(StoppingCriteria):
         num = max(self._num_read, 1)
         costs: dict[str, Any] = {"lens_ms_per_token": round(1000 * self._lens_seconds / num, 4)}
         if self.bank is not None:
-            costs["num_missing"] = int(np.isnan(values[0]).all(axis=2).sum())
+            missing_BT = np.isnan(values[0]).min(axis=2)
+            if isinstance(self.bank, WindowReader):
+                missing_BT = missing_BT[:, self.windows_from :][:, self.bank.stride - 1 :: self.bank.stride]
+            costs["num_missing"] = int(missing_BT.sum())
         if self.text is not None:
             costs |= {"text_ms_per_token": round(1000 * self._text_seconds / num, 4)}
             costs |= {"text_window_tokens": self.text.tokens, "num_text_missing": self.text.num_failed}
@@ -208,20 +217,48 @@ class Recorder(StoppingCriteria):
         self._num_rows = len(states[0])
         if self.bank is not None:
             start = time.perf_counter()
-            logits = [
-                self._logits_of(torch.stack([layer_BTD[:, at : at + POSITIONS_AT_ONCE] for layer_BTD in states], dim=2))
-                for at in range(0, num_new, POSITIONS_AT_ONCE)
-            ]
+            logits = []
+            for at in range(0, num_new, POSITIONS_AT_ONCE):
+                part_BTLD = torch.stack([layer_BTD[:, at : at + POSITIONS_AT_ONCE] for layer_BTD in states], dim=2)
+                logits.append(self._logits_of(part_BTLD, self._num_read + at))
             self._logits.append(torch.cat(logits, dim=1))
             self._lens_seconds += time.perf_counter() - start
         self._num_read += num_new
 
-    def _logits_of(self, states_BTLD: Tensor) -> Tensor:
-        """Logits of some states, [B, T, N]; NaN where the lenses failed, or a number is not finite."""
+    def _read_tails(self) -> None:
+        """Read the window at the end of each sequence, where none was due."""
+        if not isinstance(self.bank, WindowReader) or not self._logits:
+            return
+        start = time.perf_counter()
+        ends = [min(end, self._num_read) for end in self._ends if end is not None]
+        try:
+            tails = self.bank.tails([max(0, end - self.windows_from) for end in ends])
+        except Exception as error:  # noqa: BLE001 (as in `_logits_of`)
+            self._last_error = f"{type(error).__name__}: {error}"
+            return
+        for row, logits_N in tails.items():
+            place = ends[row] - 1
+            for part_BTN in self._logits:
+                if place < part_BTN.shape[1]:
+                    part_BTN[row, place] = logits_N.masked_fill(~logits_N.isfinite(), torch.nan)
+                    break
+                place -= part_BTN.shape[1]
+        self._lens_seconds += time.perf_counter() - start
+
+    def _logits_of(self, states_BTLD: Tensor, first: int) -> Tensor:
+        """Logits of states from position `first` on, [B, T, N]; NaN where the lenses failed, or a number is not finite.
+
+        Windows end at some tokens only; at the others nothing is read, and that is NaN too.
+        """
         assert self.bank is not None  # asked only with one
         shape = states_BTLD.shape[:2]
         try:
-            logits_BTN = self.bank(states_BTLD.flatten(0, 1)).unflatten(0, shape)
+            if isinstance(self.bank, WindowReader):
+                before = min(max(0, self.windows_from - first), shape[1])
+                blank_BTN = torch.full((shape[0], before, len(self.bank)), torch.nan, device=states_BTLD.device)
+                logits_BTN = torch.cat([blank_BTN, self.bank.push(states_BTLD[:, before:])], dim=1)
+            else:
+                logits_BTN = self.bank(states_BTLD.flatten(0, 1)).unflatten(0, shape)
         except Exception as error:  # noqa: BLE001 (a generation must not die because a lens does)
             self._last_error = f"{type(error).__name__}: {error}"
             return torch.full((*shape, len(self.bank)), torch.nan, device=states_BTLD.device)
@@ -277,9 +314,18 @@ class Recorder(StoppingCriteria):
                     text=written[place].top if self.comparison is not None else None,
                     dissonance=gaps[place] if self.comparison is not None else None,
                     alarms=() if token.is_special else told.alarms,
-                    is_missing=self.bank is not None and not told.top and self.readout.top_k > 0,
+                    is_missing=self._is_missing(token, told),
                 ),
             )
+
+    def _is_missing(self, token: _Token, told: Told) -> bool:
+        """Whether a reading was due and did not come."""
+        if self.bank is None or told.top or not self.readout.top_k:
+            return False
+        if not isinstance(self.bank, WindowReader):
+            return True
+        start = self._prompt_width - len(self.encoded[token.row // self._repeats(self._num_rows)])
+        return self.bank.is_end(token.position + start + 1 - self.windows_from)
 
     def _tokens(self, first: int, ids: list[list[int]]) -> list[_Token]:
         """The tokens of some positions, decoded, and what the text lenses say after each."""

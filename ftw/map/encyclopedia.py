@@ -431,9 +431,7 @@ def _differences(present: Encyclopedia, table: SampleTable, spec: CaptureSpec) -
     there, asked = present.spec.as_json(), spec.as_json()
     names = {**there, **asked}
     differences = [
-        f"{name} {there.get(name)} instead of {asked.get(name)}"
-        for name in names
-        if there.get(name) != asked.get(name)
+        f"{name} {there.get(name)} instead of {asked.get(name)}" for name in names if there.get(name) != asked.get(name)
     ]
     if present.table.content_hash() != table.content_hash():
         differences.append(f"other texts or marks ({len(present)} texts, asked for {len(table)})")

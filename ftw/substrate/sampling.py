@@ -152,6 +152,7 @@ class _Batch:
         options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         if "position_ids" in known:
             options["position_ids"] = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
+        output: Any = None
         with Tap(self._substrate, self._layers, on_states=self._kept.__setitem__):
             output = run(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **options)
         return ids_BT.new_empty(0) if body_only else output.logits[:, -1].float()

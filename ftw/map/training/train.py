@@ -29,8 +29,10 @@ from ftw.map.training.fit import build_task, fit_shuffled, fitting, with_percent
 from ftw.map.training.lens_rows import lens_rows
 from ftw.map.training.lens_task import LensTask, TrainingConfig
 from ftw.map.training.recipe import shuffled_recipe, solve_recipe
+from ftw.map.training.sequence_pack import train_sequence_pack
 from ftw.map.training.solver import choose_shrinkage, solve_shuffled, solve_stack
 from ftw.map.training.sparse import read_sparse_pool
+from ftw.map.training.temporal_task import SequenceTrainingConfig
 from ftw.substrate.model import Substrate
 
 EPOCHS = 80
@@ -43,6 +45,7 @@ class FitConfig:
 
     Attributes:
         head: family. training: how it is fitted. text: the text lenses. evaluate: figures and intervals.
+        sequences: how sequence lenses are fitted.
         pack_id, version: of the pack. seed: of folds, batches, initial weights and controls.
     """
 
@@ -50,6 +53,7 @@ class FitConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     text: TextConfig = field(default_factory=TextConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    sequences: SequenceTrainingConfig = field(default_factory=SequenceTrainingConfig)
     pack_id: str = "lenses"
     version: str = "0.1.0"
     seed: int = 0
@@ -83,8 +87,25 @@ def train_pack(
         KeyboardInterrupt: on Ctrl-C; with a checkpoint callback the run can go on.
     """
     encyclopedia.check_substrate(substrate.name, substrate.fingerprint)
-    solver = solver_of(config)
     quiet_lightning()
+    if config.head.reads_sequences:
+        return train_sequence_pack(
+            encyclopedia,
+            config,
+            substrate=substrate,
+            concepts=concepts,
+            trainer=trainer,
+            folder=folder,
+            checkpoint=checkpoint,
+            provenance=provenance or {},
+            step=step,
+        )
+    if encyclopedia.spec.sampling:
+        raise ConfigError(
+            f"hat.lens.family={config.head.family!r} reads pooled states, and sampled answers have none; "
+            "choose hat/lens=lstm, gru, attention, trunk_lstm or token_max"
+        )
+    solver = solver_of(config)
 
     def pack_of(fitted: Fitted) -> tuple[LensPack, Evaluation | None]:
         return finish(

@@ -3,31 +3,14 @@
 import pytest
 import torch
 from random_lenses import random_stack
+from temporal_lenses import stack_of
 
 from ftw.errors import ConfigError, PackError, SubstrateError
-from ftw.hat.lens import HeadConfig
-from ftw.hat.store import LensStack
 from ftw.hat.temporal.bank import PooledTokens
-from ftw.hat.temporal.trunk import Trunk
 from ftw.hat.temporal.windows import WindowReader
 
 FAMILIES = ("lstm", "gru", "attention", "trunk_lstm", "token_max", "token_mean")
 WIDTH, LAYERS = 8, (1, 2)
-
-
-def stack_of(family: str, *, num: int = 5, rank: int = 0, seed: int = 0) -> LensStack:
-    """Random sequence lenses with the calibration of `random_stack`."""
-    plain = random_stack(num=num, layers=LAYERS, width=WIDTH, rank=rank, seed=seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = HeadConfig(family=family, hidden=3 if family in ("lstm", "gru", "trunk_lstm") else 0)
-        trunk = Trunk(len(LAYERS), rank or WIDTH, hidden=3) if family == "trunk_lstm" else None
-        plain.heads = [head.build(num, 6 if trunk else rank or WIDTH) for _ in LAYERS]
-        for one in plain.heads:
-            for parameter in one.parameters():
-                torch.nn.init.normal_(parameter, std=0.5)
-        plain.trunk = trunk
-    return plain
 
 
 def states(num_tokens: int, batch: int = 2, seed: int = 3) -> torch.Tensor:

@@ -1,0 +1,258 @@
+"""From sampled answers to a pack of sequence lenses: fit, calibrate, control, evaluate.
+
+1. The lenses are fitted group by group, as many at once as memory holds, each stopping by its own held-out prompts.
+2. Platt's calibration on those prompts, layer by layer and once more on the mean over layers; thresholds; percentiles
+   on everyday answers, whole and as the truncated windows that a generation begins with.
+3. Controls: words alone on the same answers, linear lenses on every token of which the highest counts, and the same
+   family on shuffled labels.
+4. All are judged on the prompts of split "test", which nothing above has seen.
+
+Axes: S answers, N lenses, L layers, T tokens, W input width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ftw.errors import ConfigError, DataError
+from ftw.hat.lens import HeadConfig
+from ftw.hat.store import LensStack
+from ftw.hat.temporal.bank import SequenceBank
+from ftw.hat.text import TextBank
+from ftw.map import sequence_figures
+from ftw.map.calibrate import background_quantiles, best_f1_threshold, fit_platt, fpr_threshold
+from ftw.map.concept import ConceptPack
+from ftw.map.encyclopedia import Encyclopedia
+from ftw.map.evaluate import EvaluateConfig, Evaluation, evaluate
+from ftw.map.samples import SampleTable
+from ftw.map.sequences import mark_kinds
+from ftw.map.training.fit import fitting
+from ftw.map.training.sequence_data import SequenceDataModule, SequencePool, build_sequence_pool
+from ftw.map.training.temporal_task import SequenceTask, SequenceTrainingConfig, joined
+
+ANSWERS_AT_ONCE = 256
+LONGEST_TRUNCATED = 5  # tokens of the first window of a generation
+CONTROL = "token_max"
+MakeTrainer = Callable[[int], pl.Trainer]
+
+
+def fit_sequences(
+    pool: SequencePool,
+    head: HeadConfig,
+    training: SequenceTrainingConfig,
+    *,
+    trainer: MakeTrainer,
+    seed: int = 0,
+    checkpoint: str | None = None,
+) -> LensStack:
+    """The fitted and calibrated lenses of a pool.
+
+    Args:
+        trainer: makes a trainer for a group of lenses, by its number. checkpoint: of a run of one group to go on with.
+
+    Raises:
+        ConfigError: a checkpoint for several groups.
+    """
+    size = len(pool.names) if head.family == "trunk_lstm" else max(1, training.lenses_at_once)
+    groups = [slice(at, at + size) for at in range(0, len(pool.names), size)]
+    if checkpoint is not None and len(groups) > 1:
+        raise ConfigError(
+            f"resume: {len(pool.names)} lenses are trained in {len(groups)} groups of {size}, which do not resume; "
+            f"raise map.sequences.lenses_at_once to {len(pool.names)} or start anew"
+        )
+    stacks = []
+    for number, lenses in enumerate(groups):
+        part = pool.of_lenses(lenses)
+        task = SequenceTask(part, head=head, training=training, seed=seed)
+        own = head.family != "trunk_lstm"
+        data = SequenceDataModule(part, own=own, batch=training.batch if own else training.trunk_batch, seed=seed)
+        with fitting():
+            trainer(number).fit(task, datamodule=data, ckpt_path=checkpoint)
+        stacks.append(_calibrated(task.cpu()))
+    return _together(stacks)
+
+
+def _calibrated(task: SequenceTask) -> LensStack:
+    """The lenses of a task with calibration and thresholds from its held-out prompts."""
+    pool = task.pool
+    logits, used_SN = task.held_out()
+    logits_SLN, labels_SN = logits.numpy(), pool.labels_SN.cpu().numpy()
+    weights_SN = np.where(used_SN.numpy(), pool.weights_SN.cpu().numpy(), 0)
+    if not used_SN.any():
+        raise DataError("no held-out prompts to calibrate on; raise map.training.folds to 2 or more")
+    layers = [fit_platt(logits_SLN[:, at], labels_SN, weights_SN, prior=0.5) for at in range(len(pool.layers))]
+    mean_SN = np.mean([fit.scale_N * logits_SLN[:, at] + fit.offset_N for at, fit in enumerate(layers)], axis=0)
+    last = fit_platt(mean_SN, labels_SN, weights_SN, prior=0.5)
+    final_SN = last.scale_N * mean_SN + last.offset_N
+    heads, trunk = task.fitted()
+    alarm_N = np.nan_to_num(fpr_threshold(final_SN, labels_SN, weights_SN), nan=np.inf).clip(max=1e30)
+    return LensStack(
+        names=pool.names,
+        layers=pool.layers,
+        heads=heads,
+        scale_NL=_tensor(np.stack([last.scale_N * fit.scale_N for fit in layers], axis=1)),
+        offset_NL=_tensor(np.stack([last.scale_N * fit.offset_N + last.offset_N for fit in layers], axis=1)),
+        threshold_N=_tensor(np.nan_to_num(best_f1_threshold(final_SN, labels_SN, weights_SN))),
+        threshold_1fpr_N=_tensor(alarm_N),
+        basis=pool.basis,
+        trunk=trunk,
+    )
+
+
+def _together(stacks: Sequence[LensStack]) -> LensStack:
+    """One stack of the lenses of several."""
+    if len(stacks) == 1:
+        return stacks[0]
+    names = ("scale_NL", "offset_NL", "threshold_N", "threshold_1fpr_N")
+    return replace(
+        stacks[0],
+        names=[name for stack in stacks for name in stack.names],
+        heads=[joined([stack.heads[layer] for stack in stacks]) for layer in range(len(stacks[0].layers))],
+        **{name: torch.cat([getattr(stack, name) for stack in stacks]) for name in names},
+    )
+
+
+def read_answers(bank: SequenceBank, encyclopedia: Encyclopedia, rows: np.ndarray, *, most: int = 0) -> np.ndarray:
+    """Logits of some answers, [S, N]; NaN for empty ones.
+
+    Args:
+        most: only the first so many tokens of each are read; 0: all.
+    """
+    parts = []
+    for at in range(0, len(rows), ANSWERS_AT_ONCE):
+        part = rows[at : at + ANSWERS_AT_ONCE]
+        states = [encyclopedia.token_states(layer, part) for layer in bank.layers]
+        offsets = torch.from_numpy(states[0][1])
+        lengths_S = offsets.diff().clamp_max(most) if most else offsets.diff()
+        x_TLD = torch.stack([torch.from_numpy(layer_TD[0]).float() for layer_TD in states], dim=1)
+        size = max(1, int(lengths_S.max()))
+        padded = torch.zeros(len(part), size, *x_TLD.shape[1:])
+        for row, (start, length) in enumerate(zip(offsets.tolist(), lengths_S.tolist(), strict=False)):
+            padded[row, :length] = x_TLD[start : start + length]
+        with torch.inference_mode():
+            parts.append(bank.logits(padded, lengths_S).numpy())
+    return np.concatenate(parts) if parts else np.zeros((0, len(bank)), dtype=np.float32)
+
+
+def with_window_percentiles(stack: LensStack, encyclopedia: Encyclopedia) -> LensStack:
+    """The stack with quantiles of its logits on everyday answers; as it is where there are none."""
+    rows = encyclopedia.table.where("background")
+    if not len(rows):
+        return stack
+    bank = stack.sequence_bank()
+    logits = [read_answers(bank, encyclopedia, rows, most=most) for most in (0, LONGEST_TRUNCATED)]
+    logits_SN = np.concatenate(logits)
+    logits_SN = logits_SN[np.isfinite(logits_SN).all(axis=1)]
+    if not len(logits_SN):
+        return stack
+    quantiles_NQ, levels_Q = background_quantiles(logits_SN)
+    return replace(stack, quantiles_NQ=_tensor(quantiles_NQ), levels_Q=_tensor(levels_Q))
+
+
+def shuffled_stack(
+    pool: SequencePool, head: HeadConfig, training: SequenceTrainingConfig, *, trainer: MakeTrainer, seed: int
+) -> LensStack:
+    """The same fit on labels permuted among the answers of each concept."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    labels_SN = pool.labels_SN.clone()
+    for held_out in (False, True):
+        for lens, rows_K in enumerate(pool.rows_of_lenses(held_out=held_out)):
+            rows_K = rows_K[rows_K >= 0]
+            labels_SN[rows_K, lens] = labels_SN[rows_K[torch.randperm(len(rows_K), generator=generator)], lens]
+    return fit_sequences(replace(pool, labels_SN=labels_SN), head, training, trainer=trainer, seed=seed)
+
+
+def evaluate_sequences(
+    stack: LensStack,
+    encyclopedia: Encyclopedia,
+    *,
+    config: EvaluateConfig,
+    concepts: ConceptPack | None = None,
+    words: SampleTable | None = None,
+    text: TextBank | None = None,
+    controls: dict[str, LensStack] | None = None,
+    shuffled: LensStack | None = None,
+) -> Evaluation:
+    """Figures on the test prompts of an encyclopedia, beside the controls; accuracies by kind of negative as notes.
+
+    Args:
+        concepts: whose siblings tell the kinds of negatives apart.
+        words: the table with the answers' words, for `text`. controls: further lenses by name.
+        shuffled: lenses trained on permuted labels.
+
+    Raises:
+        DataError: there are no test answers.
+    """
+    table = encyclopedia.table
+    rows = table.where("test")
+    rows = rows[np.diff(encyclopedia.token_states(stack.layers[0], rows)[1]) > 0] if len(rows) else rows
+    if not len(rows):
+        raise DataError("no test answers to evaluate on; collect with data.test_fraction above 0")
+    labels_SN, weights_SN = table.matrices(rows)
+    kinds_SN = mark_kinds(table, rows, _siblings(table, concepts))
+    scores: dict[str, Any] = {"activation": read_answers(stack.sequence_bank(), encyclopedia, rows)}
+    if text is not None and words is not None:
+        scores["text"] = text.score([words.texts[row] for row in rows]).numpy()
+    for name, control in (controls or {}).items():
+        scores[name] = read_answers(control.sequence_bank(), encyclopedia, rows)
+    groups = [table.groups[row] for row in rows]
+    marks = {"labels_SN": labels_SN, "weights_SN": weights_SN, "kinds_SN": kinds_SN, "groups": groups}
+    by_kind = sequence_figures.accuracies(scores, **marks, draws=config.draws, seed=config.seed)
+    if shuffled is not None:
+        scores["shuffled"] = read_answers(shuffled.sequence_bank(), encyclopedia, rows)[None]
+    judged_SN = np.where(kinds_SN == sequence_figures.KINDS.index("negated"), 0, weights_SN)
+    evaluation = evaluate(
+        scores,
+        labels=labels_SN,
+        weights=judged_SN,
+        groups=groups,
+        concepts=stack.names,
+        probabilities=1 / (1 + np.exp(-scores["activation"])),
+        thresholds={"threshold": stack.threshold_N.numpy(), "threshold_1": stack.threshold_1fpr_N.numpy()},
+        config=config,
+    )
+    evaluation.mean.update(sequence_figures.flat(by_kind))
+    evaluation.notes.extend(sequence_figures.lines(by_kind))
+    return evaluation
+
+
+def fit_and_control(
+    encyclopedia: Encyclopedia,
+    head: HeadConfig,
+    training: SequenceTrainingConfig,
+    *,
+    folds: int,
+    basis_rank: int,
+    trainer: MakeTrainer,
+    quiet: MakeTrainer,
+    with_shuffled: bool,
+    seed: int,
+    checkpoint: str | None = None,
+) -> tuple[LensStack, dict[str, LensStack], LensStack | None]:
+    """The lenses with percentiles, the token-wise control (unless they are that), and the shuffled control."""
+    pool = build_sequence_pool(encyclopedia, folds=folds, basis_rank=basis_rank, seed=seed)
+    stack = fit_sequences(pool, head, training, trainer=trainer, seed=seed, checkpoint=checkpoint)
+    stack = with_window_percentiles(stack, encyclopedia)
+    if not len(encyclopedia.table.where("test")):
+        return stack, {}, None
+    controls = {}
+    if head.family != CONTROL:
+        controls[CONTROL] = fit_sequences(pool, HeadConfig(family=CONTROL), training, trainer=quiet, seed=seed)
+    control = shuffled_stack(pool, head, training, trainer=quiet, seed=seed) if with_shuffled else None
+    return stack, controls, control
+
+
+def _siblings(table: SampleTable, concepts: ConceptPack | None) -> list[list[int]]:
+    place = {name: index for index, name in enumerate(table.concepts)}
+    if concepts is None:
+        return [[] for _ in table.concepts]
+    return [[place[name] for name in concepts.siblings(one) if name in place] for one in table.concepts]
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
