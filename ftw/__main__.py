@@ -15,6 +15,7 @@ VERBS = {
     "evaluate": "figures of a pack on held-out texts",
     "monitor": "generate with the lenses live",
     "bench": "what reading, loading and training cost, beside a baseline and a floor",
+    "timeline": "the story of a saved timeline, in words, pictures and numbers",
 }
 
 

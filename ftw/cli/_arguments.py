@@ -29,7 +29,10 @@ ALIASES = {"evaluate": {"texts": "data.path"}}
 ACTIONS = {
     "concepts": {action: f"action={action}" for action in ("show", "build", "verify")},
     "bench": {name: f"bench={name}" for name in BENCHES},
+    "timeline": {action: f"action={action}" for action in ("show", "compare")},
 }
+# Verbs whose further words without "=" are names of files, and the key that lists them.
+FILES = {"timeline": "files"}
 TEXT_KEYS = ("prompt", "text", "watch_prompt", "generation.system")
 PATH_KEYS = (
     "data.path",
@@ -82,6 +85,7 @@ def readable(verb: str, words: Sequence[str]) -> list[str]:
     several = is_multirun(words)
     options: list[str] = []
     result: list[str] = []
+    files: list[str] = []
     rest = iter(words)
     for word in rest:
         key, equals, value = word.partition("=")
@@ -92,6 +96,8 @@ def readable(verb: str, words: Sequence[str]) -> list[str]:
             result += FLAGS[word]
         elif word.startswith("-"):
             options += [word, *([next(rest)] if word in VALUED and word != words[-1] else [])]
+        elif verb in FILES and word not in ACTIONS[verb] and (not equals or Path(word).is_file()):
+            files.append(QuotedString(text=word, quote=Quote.single).with_quotes())
         elif not equals:
             result.append(ACTIONS.get(verb, {}).get(word, word))
         elif key.lstrip("+") in TEXT_KEYS:
@@ -100,7 +106,7 @@ def readable(verb: str, words: Sequence[str]) -> list[str]:
             result.append(f"{key}={quoted(str(Path(value).expanduser()) if value.startswith('~') else value)}")
         else:
             result.append(f"{key}={value}")
-    return [*options, *result]
+    return [*options, *result, *([f"{FILES[verb]}=[{','.join(files)}]"] if files else [])]
 
 
 def quoted(value: str) -> str:

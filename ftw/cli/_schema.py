@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from ftw.bench.measure import BenchConfig
+from ftw.cat.narrative import NarrativeConfig
 from ftw.map.concept_source import ConceptsConfig
 from ftw.substrate.model import SubstrateConfig
 
@@ -94,6 +95,25 @@ class MonitorJob:
     json: bool = False
     save: str | None = None
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class TimelineJob:
+    """`ftw timeline`.
+
+    Attributes:
+        action: show or compare. files: timelines that `ftw monitor ... save=FILE` wrote.
+        story: how it is told. out: folder for pictures and numbers; formats: png, svg, html, json, parquet.
+        wandb: project that pictures and words go to; null for none.
+    """
+
+    action: str = "show"
+    files: list[str] = field(default_factory=list)
+    story: NarrativeConfig = field(default_factory=NarrativeConfig)
+    out: str | None = None
+    formats: list[str] = field(default_factory=lambda: ["png", "svg", "html", "json"])
+    json: bool = False
+    wandb: str | None = None
 
 
 def register(verb: str, job: type, data: Mapping[str, type]) -> None:
