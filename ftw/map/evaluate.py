@@ -21,6 +21,8 @@ from ftw.map import metrics
 from ftw.map.bootstrap import affordable_draws, bootstrap
 
 ACTIVATION, TEXT, SHUFFLED, BOTH = "activation", "text", "shuffled", "both"
+# Controls that are far below any useful lens: the lens's own interval is held against them, which costs no draws.
+UNPAIRED = frozenset({"length", "position", "random"})
 
 
 @dataclass(kw_only=True)
@@ -116,8 +118,8 @@ def evaluate(
 
     Args:
         scores: logits [S, N] by system. "activation" is the one under test; "text" and any other name are controls with
-            paired differences, but for "both", which is states and words together; "shuffled" holds P arrays [P, S, N]
-            of lenses trained on permuted labels.
+            paired differences, those in `UNPAIRED` without; "both", which is states and words together, is no control;
+            "shuffled" holds P arrays [P, S, N] of lenses trained on permuted labels.
         labels, weights: [S, N]; weight 0 where a text is not used for a concept.
         groups: S names; texts of one name are drawn together.
         concepts: N names.
@@ -185,14 +187,15 @@ def _figures(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Every figure as N numbers, and the means."""
     rows = readings.labels_SN, readings.weights_SN
-    draws = affordable_draws(config.draws, int((readings.weights_SN > 0).sum()) * len(readings.scores))
+    paired = {name: scores_SN for name, scores_SN in readings.scores.items() if name not in UNPAIRED}
+    draws = affordable_draws(config.draws, int((readings.weights_SN > 0).sum()) * len(paired))
     if notes is not None and draws < config.draws:
         notes.append(f"intervals from {draws} bootstrap draws instead of {config.draws}: texts × concepts are many")
     figures = _plain_figures(readings, config, draws)
     mean: dict[str, Any] = {name: _mean(values_N) for name, values_N in figures.items()}
     for name in ("num_positive", "num_negative", "threshold", "threshold_1"):
         mean.pop(name, None)  # a mean of logits of different lenses means nothing
-    drawn = bootstrap(readings.scores, *rows, readings.groups_S, draws=draws, seed=config.seed)
+    drawn = bootstrap(paired, *rows, readings.groups_S, draws=draws, seed=config.seed)
     tails = (1 - config.confidence) / 2, (1 + config.confidence) / 2
     for name, drawn_RN in drawn.items():
         key = "auroc" if name == ACTIVATION else f"auroc_{name}"
@@ -206,7 +209,8 @@ def _figures(
         shuffled_PN = np.stack([metrics.auroc(scores_SN, *rows) for scores_SN in readings.shuffled])
         figures["auroc_shuffled"] = shuffled_PN.mean(axis=0)
         figures["auroc_shuffled_95"] = np.quantile(shuffled_PN, 0.95, axis=0)
-        mean["auroc_shuffled"] = _mean(figures["auroc_shuffled"])
+        figures["selectivity"] = figures["auroc"] - figures["auroc_shuffled"]  # Hewitt & Liang 2019
+        mean |= {name: _mean(figures[name]) for name in ("auroc_shuffled", "selectivity")}
     if readings.probabilities_SN is not None:
         mean["ece_pooled"] = _pooled_ece(readings, config)
     mean["num_concepts"] = int(np.isfinite(figures["auroc"]).sum())
@@ -285,8 +289,13 @@ def _per_concept(
     figures: dict[str, np.ndarray], concepts: Sequence[str], systems: list[str], shuffled: bool
 ) -> dict[str, dict[str, Any]]:
     """Figures by concept, with the controls that the lens does not beat."""
-    controls = [name for name in systems[1:] if name != BOTH]
-    beaten = {name: figures["difference_low" if name == TEXT else f"difference_{name}_low"] for name in controls}
+    beaten = {
+        name: figures["auroc_low"] - figures[f"auroc_{name}"]
+        if name in UNPAIRED
+        else figures["difference_low" if name == TEXT else f"difference_{name}_low"]
+        for name in systems[1:]
+        if name != BOTH
+    }
     if shuffled:
         beaten[SHUFFLED] = figures["auroc_low"] - figures["auroc_shuffled_95"]
     result: dict[str, dict[str, Any]] = {}

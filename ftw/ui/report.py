@@ -7,15 +7,11 @@ page works without its script, which only sorts tables.
 Axes: T tokens, N concepts.
 """
 
-import base64
-import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ftw.errors import DataError
 from ftw.hat.timeline import FLOOR, Timeline
@@ -23,13 +19,9 @@ from ftw.paths import replace_file
 from ftw.ui import figures
 from ftw.ui.colours import concept_colours
 from ftw.ui.figures import Evaluated, Metrics
-from ftw.ui.passage import passage, visible
+from ftw.ui.page import environment, with_policy
+from ftw.ui.passage import passage
 
-# Control characters, changes of writing direction, invisible marks, halves of surrogate pairs.
-STEERING = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
-)
-TEMPLATES = Path(__file__).parent / "templates"
 DRAWN = ("auroc", "auroc_low", "auroc_high", "auroc_text", "auroc_shuffled")
 # Heading, key, digits.
 EVALUATION_COLUMNS = (
@@ -42,6 +34,12 @@ EVALUATION_COLUMNS = (
     ("recall at 1 % FPR", "recall_at_1fpr", 2),
     ("ECE / its floor", "ece", 3),
     ("positive / negative", "num_positive", 0),
+)
+FURTHER_CONTROLS = (
+    ("length of the text", "auroc_length"),
+    ("number of tokens read", "auroc_position"),
+    ("a random direction", "auroc_random"),
+    ("the first layer", "auroc_first_layer"),
 )
 # What stands small beside a figure: its interval, or the figure it is to be read against.
 BESIDE = {"ece": ("ece_floor", 3), "num_positive": ("num_negative", 0)}
@@ -86,7 +84,7 @@ def write_report(
         if not markup.startswith("<svg"):
             raise DataError(f"the picture {caption!r} is no SVG markup; make it with ftw.ui.plots.svg(figure)")
     page = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             title=title,
@@ -106,37 +104,8 @@ def write_report(
         )
     )
     with replace_file(path) as temporary:
-        temporary.write_text(_with_policy(page), encoding="utf-8")
+        temporary.write_text(with_policy(page), encoding="utf-8")
     return path
-
-
-def _tamed(words: Any) -> Any:
-    """What any expression of the template gives, without characters that steer instead of show."""
-    # Exactly str: its child Markup is the template's own.
-    return STEERING.sub("·", words) if type(words) is str else words
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        finalize=_tamed,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(visible=visible, percent=figures.percent, duration=figures.duration)
-    return environment
-
-
-def _with_policy(page: str) -> str:
-    """Allow this page's own script, by its hash, and nothing else: hostile text stays text even if an escape failed."""
-    script = re.search(r"<script>(.*?)</script>", page, flags=re.DOTALL)
-    allowed = "'none'"
-    if script is not None:
-        digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
-        allowed = f"'sha256-{digest}'"
-    return page.replace("SCRIPT-HASH", allowed, 1)
 
 
 def _flat(words: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -183,6 +152,11 @@ def _evaluation_part(evaluation: Evaluated | None) -> dict[str, Any] | None:
         "ticks": [(f"{tick:.1f}", _place(tick, lowest)) for tick in np.arange(lowest, 1.01, 0.1)],
         "num_weak": sum(bool(figures.weak(row)) for _, row in rows),
         "notes": [str(note) for note in evaluation.notes],
+        "controls": [
+            (name, figures.number(evaluation.mean, key))
+            for name, key in FURTHER_CONTROLS
+            if not np.isnan(figures.value(evaluation.mean, key))
+        ],
     }
 
 

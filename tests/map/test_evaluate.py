@@ -66,9 +66,9 @@ def test_copies_of_a_text_in_its_group_do_not_narrow_the_interval():
 def test_a_control_with_the_same_scores_has_a_difference_of_exactly_zero_and_is_not_beaten():
     logits, labels, weights = held_out()
     noise = np.random.default_rng(1).normal(size=logits.shape)
-    figures = run(logits, labels, weights, scores={"text": logits * 2 + 1, "length": noise}).concepts["concept 1"]
+    figures = run(logits, labels, weights, scores={"text": logits * 2 + 1, "first_layer": noise}).concepts["concept 1"]
     assert figures["difference"] == figures["difference_low"] == figures["difference_high"] == 0
-    assert figures["difference_length_low"] > 0
+    assert figures["difference_first_layer_low"] > 0
     assert figures["no_better_than"] == ["text"]
 
 

@@ -27,6 +27,7 @@ from ftw.hat.lens import Head, HeadConfig
 from ftw.hat.store import LensStack
 from ftw.hat.text import TextBank
 from ftw.map.calibrate import background_quantiles, best_f1_threshold, fit_platt, fpr_threshold
+from ftw.map.controls import control_scores
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import EvaluateConfig, Evaluation, evaluate
 from ftw.map.text_level import pooled_states, text_level_logits
@@ -164,7 +165,7 @@ def evaluate_stack(
     """Figures on the test rows of an encyclopedia, beside the controls.
 
     Args:
-        pool: read by a stack without a pooling of its own, and by the shuffled control.
+        pool: read by a stack without a pooling of its own, and by the controls.
         texts: what text lenses read of each text of the table, where that is less than the whole.
 
     Raises:
@@ -174,11 +175,9 @@ def evaluate_stack(
     rows = table.where("test")
     if len(rows) == 0:
         raise DataError("no test texts to evaluate on; give rows with split 'test' (or data.test_fraction)")
-    labels_SN, weights_SN = table.matrices(rows)
-    if stack.names != table.concepts:
-        column = {name: index for index, name in enumerate(table.concepts)}
-        order = [column[name] for name in stack.names]
-        labels_SN, weights_SN = labels_SN[:, order], weights_SN[:, order]
+    column = {name: index for index, name in enumerate(table.concepts)}
+    order = [column[name] for name in stack.names]
+    labels_SN, weights_SN = (matrix[:, order] for matrix in table.matrices(rows))
     logits_SN = text_level_logits(stack, encyclopedia, rows, pool=pool, wanted_SN=weights_SN > 0)
     scores: dict[str, object] = {"activation": logits_SN}
     if text is not None:
@@ -187,6 +186,8 @@ def evaluate_stack(
         scores["text"] = words_SN.numpy()
         if stack.pooling is not None and stack.pooling.both_N3 is not None:
             scores["both"] = stack.pooling.with_text(torch.from_numpy(logits_SN), words_SN).numpy()
+    controls = control_scores(encyclopedia, rows, layers=stack.layers, pool=pool, seed=config.seed)
+    scores |= {name: said_SN[:, order] for name, said_SN in controls.items()}
     if shuffled:
         x_SLD = pooled_states(encyclopedia, stack.layers, pool, rows)
         scores["shuffled"] = np.stack([_layer_mean(heads, x_SLD, stack) for heads in shuffled])

@@ -14,12 +14,20 @@ from toy_pool import CONFIG, fitted
 from ftw.errors import DataError
 from ftw.hat.lens import HeadConfig
 from ftw.hat.store import LensStack
+from ftw.map.controls import control_scores
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import EvaluateConfig
 from ftw.map.training.callbacks import current_bank, quiet_trainer
 from ftw.map.training.data import Pool, build_pool
-from ftw.map.training.fit import _permute, calibrated_stack, evaluate_stack, fit_shuffled, with_percentiles
+from ftw.map.training.fit import (
+    _permute,
+    calibrated_stack,
+    evaluate_stack,
+    fit_shuffled,
+    with_percentiles,
+)
 from ftw.map.training.lens_task import LensTask
+from ftw.map.training.solver import solve_stack
 
 QUICK = EvaluateConfig(draws=20, floor_draws=10)
 
@@ -168,3 +176,20 @@ def test_slices_break_figures_down_by_a_column(stack: LensStack, store: Encyclop
         "0": 750,
         "1": 750,
     }
+
+
+def test_evaluation_has_controls_and_selectivity_beside_it_in_the_order_of_the_lenses(tmp_path: Path):
+    store = toy_encyclopedia(tmp_path / "toy")
+    stack = solve_stack(store, shrinkage=20.0, progress=False)
+    heads = [[head.rows(torch.arange(3)) for head in stack.heads]] * 2
+    found = evaluate_stack(stack, store, config=QUICK, shuffled=heads)
+    assert {"auroc_length", "auroc_position", "auroc_random"} <= set(found.mean)
+    for figures in found.concepts.values():
+        assert figures["selectivity"] == pytest.approx(figures["auroc"] - figures["auroc_shuffled"])
+    again = evaluate_stack(stack.rows(["c2", "c0"]), store, config=QUICK)
+    assert again.concepts["c2"]["auroc_random"] == found.concepts["c2"]["auroc_random"]
+
+
+def test_without_training_texts_there_are_no_controls(tmp_path: Path):
+    store = toy_encyclopedia(tmp_path / "toy", sizes=Sizes(train=0, test=40, background=0), kept={"test": 0})
+    assert control_scores(store, store.table.where("test"), layers=LAYERS) == {}
