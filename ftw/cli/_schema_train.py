@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from ftw.cli._schema import GenerationConfig
 from ftw.hat.lens import HeadConfig
+from ftw.map.cards import CardsConfig
 from ftw.map.collect import CollectConfig
 from ftw.map.compose import ComposeConfig
 from ftw.map.concept_source import ConceptsConfig
@@ -82,6 +83,7 @@ class EvaluateJob:
     data: Any = MISSING
     map: MapNode = field(default_factory=MapNode)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    cards: CardsConfig = field(default_factory=CardsConfig)
     seed: int = 0
 
 

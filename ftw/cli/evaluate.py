@@ -1,7 +1,8 @@
-"""`ftw evaluate`: figures of a lens pack on held-out texts."""
+"""`ftw evaluate`: figures of a lens pack on held-out texts, and a card for each of its lenses."""
 
 from dataclasses import replace
 
+import numpy as np
 from rich.console import Console
 
 from ftw.cli import _run
@@ -10,13 +11,22 @@ from ftw.cli._schema_train import DATA, EvaluateJob
 from ftw.cli._sources import Sources, lens_pack
 from ftw.cli._verb import verb
 from ftw.errors import ConfigError, DataError
+from ftw.map.cards import Cards, make_cards
 from ftw.map.collect import collect
+from ftw.map.compose import ComposeConfig
+from ftw.map.contributions import TextReader
+from ftw.map.encyclopedia import Encyclopedia
+from ftw.map.evaluate import Evaluation
 from ftw.map.pack import LensPack
 from ftw.map.samples import SampleTable
-from ftw.map.training.fit import evaluate_stack
+from ftw.map.training.fit import evaluate_stack, read_texts
+from ftw.substrate.model import Substrate
+from ftw.ui.cards import write_cards
 from ftw.ui.report import write_report
 from ftw.ui.steps import steps
 from ftw.ui.terminal import evaluation_table, overview
+
+WRITTEN = {"report": "report.html", "cards": "cards.html", "figures": "metrics.json"}
 
 
 def evaluate(job: EvaluateJob) -> None:
@@ -24,6 +34,11 @@ def evaluate(job: EvaluateJob) -> None:
     if job.map.encyclopedia.layers:
         raise ConfigError("map.encyclopedia.layers: a pack is evaluated on the layers it was trained on; leave it out")
     pack = lens_pack(job.pack)
+    if pack.concepts is None and isinstance(job.data, ComposeConfig):
+        raise ConfigError(
+            f"pack {pack.pack_id!r} was trained on labelled texts and has no concepts to find articles for; "
+            "evaluate it on labelled texts: texts=FILE"
+        )
     run_steps, sources, folder = steps(console=Console()), Sources(), _run.begin(job)
     with run_steps.step("Load the substrate"):
         substrate = sources.substrate(job.substrate)
@@ -45,11 +60,17 @@ def evaluate(job: EvaluateJob) -> None:
         evaluation = evaluate_stack(
             known.stack, encyclopedia, config=job.evaluate, pool=pack.recipe.pooling, text=known.text
         )
+    title = f"Lens pack {pack.pack_id} on {getattr(job.data, 'path', 'held-out text')}"
+    with encyclopedia, run_steps.step("Make the cards") as step:
+        cards = lens_cards(job, known, substrate, encyclopedia, evaluation, training=made.table)
+        _run.write_json(folder / "cards.json", cards.to_json())
+        write_cards(folder / "cards.html", cards, title=title, command=_run.command())
+        step.note(f"{len(cards.cards)} of {len(known.names):,} lenses")
     _run.write_json(folder / "metrics.json", evaluation.to_json())
     _run.write_json(folder / "run.json", _run.provenance(job, sources.fetched))
     write_report(
         folder / "report.html",
-        title=f"Lens pack {pack.pack_id} on {getattr(job.data, 'path', 'held-out text')}",
+        title=title,
         evaluation=evaluation,
         recipe=vars(pack.recipe),
         inputs=_run.inputs_table(sources.fetched),
@@ -61,9 +82,30 @@ def evaluate(job: EvaluateJob) -> None:
     )
     run_steps.console.print(evaluation_table(evaluation, where=str(folder / "metrics.json")))
     run_steps.console.print(
-        overview(
-            "Written", {"report": f"{_run.shown(folder)}/report.html", "figures": f"{_run.shown(folder)}/metrics.json"}
-        )
+        overview("Written", {what: f"{_run.shown(folder)}/{file}" for what, file in WRITTEN.items()})
+    )
+
+
+def lens_cards(
+    job: EvaluateJob,
+    pack: LensPack,
+    substrate: Substrate,
+    encyclopedia: Encyclopedia,
+    evaluation: Evaluation,
+    *,
+    training: SampleTable,
+) -> Cards:
+    """The cards of a pack on the texts of an encyclopedia; `training` may hold the texts that it learned from."""
+    recipe, table = pack.recipe, encyclopedia.table
+    return make_cards(
+        pack,
+        TextReader(substrate, tuple(recipe.layers), recipe.pooling, recipe.max_tokens, encyclopedia.spec.precision),
+        table,
+        evaluation,
+        read_texts(pack.stack, encyclopedia, np.arange(len(table)), pool=recipe.pooling),
+        training=training,
+        config=job.cards,
+        evaluate=job.evaluate,
     )
 
 

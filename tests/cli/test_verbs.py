@@ -80,6 +80,18 @@ def test_evaluate_reads_a_file_and_leaves_latest_alone(toy: ToyRun, capsys: pyte
     assert figures["mean"]["auroc"] == pytest.approx(trained["mean"]["auroc"], abs=1e-6)
     assert {"config.yaml", "run.json", "report.html"} <= {path.name for path in folder.iterdir()}
     assert "AUROC" in capsys.readouterr().out
+    cards = json.loads((folder / "cards.json").read_text())
+    assert set(cards["cards"]) == {"whale", "car"}
+    assert cards["cards"]["whale"]["strongest"]
+    assert cards["cards"]["whale"]["training"]
+    assert "auroc_length" in cards["lenses"]["whale"]  # as training measured it
+    assert "whale" in (folder / "cards.html").read_text(encoding="utf-8")
+
+
+def test_a_pack_without_concepts_is_not_evaluated_on_articles(toy: ToyRun, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        run_verb("evaluate", *toy.substrate, f"pack={toy.run / 'pack'}", "data=wordnet")
+    assert "texts=FILE" in capsys.readouterr().err
 
 
 def test_collect_collects_once_and_a_dry_run_leaves_nothing(toy: ToyRun, capsys: pytest.CaptureFixture[str]):
