@@ -73,6 +73,10 @@ class Rows:
                 "do not fit"
             )
 
+    def of(self, columns: Sequence[int]) -> "Rows":
+        """The same texts for some of the lenses."""
+        return Rows(self.states_SLD, self.labels_SN[:, columns], self.weights_SN[:, columns])
+
     @property
     def positive_SN(self) -> np.ndarray:
         return (self.labels_SN > 0) & (self.weights_SN > 0)
@@ -133,7 +137,8 @@ def validate_ranks(
     logits_SN = _logits(stack, rows)
     first: dict[str, float] = {}
     for group in groups:
-        first |= _first_shares(logits_SN, rows, group, [place[name] for name in group])
+        columns = [place[name] for name in group]
+        first |= _first_shares(logits_SN[:, columns], rows.of(columns), group)
     domain: dict[str, float] = {}
     others: dict[str, float] = {}
     columns = [place[name] for name in roots]
@@ -167,53 +172,52 @@ def refine_siblings(
     if not all(isinstance(head, LinearHead) for head in stack.heads):
         raise ConfigError("siblings are ranked apart for linear lenses only; train with hat/lens=linear")
     place = {name: column for column, name in enumerate(stack.names)}
-    report, refined = SiblingReport(), stack
+    report = SiblingReport()
+    heads = [head.rows(torch.arange(len(stack.names))) for head in stack.heads]
     for number, group in enumerate(groups):
-        columns = [place[name] for name in group]
-        part = stack.rows(group)
-        way_LnW = _way(part, train, columns, config, seed=config.seed + number)
+        columns, part = [place[name] for name in group], stack.rows(group)
+        way_LnW = _way(part, train.of(columns), config, seed=config.seed + number)
         for share in SHARES if way_LnW else ():
-            moved = _with_rows(stack, _moved(part, way_LnW, share), columns)
-            kept = _accepted(stack, moved, validation, group, columns, report)
-            if kept:
-                refined = _with_rows(refined, moved, kept)
-                report.kept += [stack.names[column] for column in kept]
+            moved = _moved(part, way_LnW, share)
+            if kept := _accepted(part, moved, validation.of(columns), report):
+                for head, new in zip(heads, moved.heads, strict=True):
+                    _put(head, new, [columns[at] for at in kept], kept)
+                report.kept += [group[at] for at in kept]
                 break
-    return refined, report
+    return replace(stack, heads=heads), report
 
 
 def _logits(stack: LensStack, rows: Rows) -> np.ndarray:
     return stack.bank().logits(rows.states_SLD).numpy()
 
 
-def _first_shares(logits_SN: np.ndarray, rows: Rows, group: Sequence[str], columns: list[int]) -> dict[str, float]:
+def _first_shares(logits_Sn: np.ndarray, rows: Rows, group: Sequence[str]) -> dict[str, float]:
     """Share of the texts of each sibling on which it reads above all siblings that the text is a negative of."""
     shares: dict[str, float] = {}
-    for name, column in zip(group, columns, strict=True):
-        rivals = [other for other in columns if other != column]
-        against_Sn = rows.negative_SN[:, rivals]
-        ranked_S = rows.positive_SN[:, column] & against_Sn.any(axis=1)
+    positive_Sn, negative_Sn = rows.positive_SN, rows.negative_SN
+    for own, name in enumerate(group):
+        # A text that is positive for its own lens is no negative of it, so the own lens is no rival.
+        ranked_S = positive_Sn[:, own] & negative_Sn.any(axis=1)
         if ranked_S.any():
-            best_S = np.where(against_Sn, logits_SN[:, rivals], -np.inf)[ranked_S].max(axis=1)
-            shares[name] = float((logits_SN[ranked_S, column] > best_S).mean())
+            best_s = np.where(negative_Sn, logits_Sn, -np.inf)[ranked_S].max(axis=1)
+            shares[name] = float((logits_Sn[ranked_S, own] > best_s).mean())
     return shares
 
 
-def _triples(train: Rows, columns: list[int], config: SiblingConfig, seed: int) -> np.ndarray:
+def _triples(train: Rows, config: SiblingConfig, seed: int) -> np.ndarray:
     """(text, own, other) with own and other as places in the family, for texts of one and not of the other: [P, 3]."""
     random, found = np.random.default_rng(seed), []
-    for own, column in enumerate(columns):
-        texts = np.flatnonzero(train.positive_SN[:, column])
-        texts = random.permutation(texts)[: config.most_texts]
-        for other, rival in enumerate(columns):
-            apart = texts[train.negative_SN[texts, rival]] if rival != column else texts[:0]
-            found.append(np.stack([apart, np.full_like(apart, own), np.full_like(apart, other)], axis=1))
+    positive_Sn, negative_Sn = train.positive_SN, train.negative_SN
+    for own in range(positive_Sn.shape[1]):
+        texts = random.permutation(np.flatnonzero(positive_Sn[:, own]))[: config.most_texts]
+        text_P, other_P = np.nonzero(negative_Sn[texts])
+        found.append(np.stack([texts[text_P], np.full_like(text_P, own), other_P], axis=1))
     return np.concatenate(found)
 
 
-def _way(part: LensStack, train: Rows, columns: list[int], config: SiblingConfig, *, seed: int) -> list[Tensor]:
+def _way(part: LensStack, train: Rows, config: SiblingConfig, *, seed: int) -> list[Tensor]:
     """How the weights of one family would move, [n, W] a layer; empty where there is nothing to rank."""
-    triples_P3 = torch.from_numpy(_triples(train, columns, config, seed))
+    triples_P3 = torch.from_numpy(_triples(train, config, seed))
     if not len(triples_P3):
         return []
     texts, place_P = torch.unique(triples_P3[:, 0], return_inverse=True)
@@ -222,7 +226,7 @@ def _way(part: LensStack, train: Rows, columns: list[int], config: SiblingConfig
     scale_Ln = (part.scale_NL / len(part.layers)).T
     with torch.no_grad():
         start_Sn = part.bank().logits(train.states_SLD[texts])
-    way_LnW = [torch.zeros(len(columns), x_SLW.shape[-1], requires_grad=True) for _ in part.layers]
+    way_LnW = [torch.zeros(len(part.names), x_SLW.shape[-1], requires_grad=True) for _ in part.layers]
     optimiser = torch.optim.Adam(way_LnW, lr=config.learning_rate)
     for _ in range(config.steps):
         optimiser.zero_grad()
@@ -247,47 +251,28 @@ def _moved(part: LensStack, way_LnW: list[Tensor], share: float) -> LensStack:
     return replace(part, heads=heads)
 
 
-def _accepted(
-    stack: LensStack,
-    moved: LensStack,
-    validation: Rows,
-    group: Sequence[str],
-    columns: list[int],
-    report: SiblingReport,
-) -> list[int]:
-    """Lenses of a family whose new weights stay: none reads worse, and the family ranks its texts better; else none."""
-    old_SN, new_SN = _logits(stack, validation), _logits(moved, validation)
-    marks = validation.labels_SN[:, columns], validation.weights_SN[:, columns]
-    before_n, after_n = (auroc(logits_SN[:, columns], *marks) for logits_SN in (old_SN, new_SN))
-    error_n, new_error_n = (
-        brier(1 / (1 + np.exp(-logits_SN[:, columns])), *marks, prior=0.5) for logits_SN in (old_SN, new_SN)
-    )
-    first = _first_shares(old_SN, validation, group, columns)
+def _accepted(part: LensStack, moved: LensStack, validation: Rows, report: SiblingReport) -> list[int]:
+    """Places of the lenses of a family that stay moved: none reads worse, and the family ranks better; else none."""
+    old_Sn, new_Sn = _logits(part, validation), _logits(moved, validation)
+    marks, group = (validation.labels_SN, validation.weights_SN), part.names
+    before_n, after_n = (auroc(logits_Sn, *marks) for logits_Sn in (old_Sn, new_Sn))
+    error_n, new_error_n = (brier(1 / (1 + np.exp(-logits_Sn)), *marks, prior=0.5) for logits_Sn in (old_Sn, new_Sn))
     # NaN compares as false: a lens that validation says nothing about stays as it was fitted.
     better_n = (after_n >= before_n) & (new_error_n <= error_n)
-    better = [column for column, is_better in zip(columns, better_n, strict=True) if is_better]
-    mixed_SN = old_SN.copy()
-    mixed_SN[:, better] = new_SN[:, better]
-    mixed = _first_shares(mixed_SN, validation, group, columns)
+    first = _first_shares(old_Sn, validation, group)
+    mixed = _first_shares(np.where(better_n, new_Sn, old_Sn), validation, group)
     if not mixed or np.mean(list(mixed.values())) <= np.mean(list(first.values())):
-        better, mixed = [], first
-    ends_n = [now if column in better else was for column, was, now in zip(columns, before_n, after_n, strict=True)]
+        better_n, mixed = np.zeros_like(better_n), first
     report.auroc_before |= dict(zip(group, before_n.tolist(), strict=True))
-    report.auroc_after |= {name: float(end) for name, end in zip(group, ends_n, strict=True)}
+    report.auroc_after |= dict(zip(group, np.where(better_n, after_n, before_n).tolist(), strict=True))
     report.first_before |= first
     report.first_after |= mixed
-    return better
+    return np.flatnonzero(better_n).tolist()
 
 
-def _with_rows(stack: LensStack, other: LensStack, columns: list[int]) -> LensStack:
-    """The stack with the weights at `columns` taken from `other`, a stack of all lenses or of just these."""
-    from_n = torch.tensor(columns if len(other.names) == len(stack.names) else range(len(columns)))
-    heads: list[Head] = []
-    for mine, theirs in zip(stack.heads, other.heads, strict=True):
-        head = mine.rows(torch.arange(len(stack.names)))
-        assert isinstance(head, LinearHead)
-        assert isinstance(theirs, LinearHead)
-        with torch.no_grad():
-            head.weight[torch.tensor(columns)] = theirs.weight[from_n]
-        heads.append(head)
-    return replace(stack, heads=heads)
+@torch.no_grad()
+def _put(head: Head, new: Head, rows: list[int], places: list[int]) -> None:
+    """Write the weights at `places` of a family's head into rows of the whole one."""
+    assert isinstance(head, LinearHead)
+    assert isinstance(new, LinearHead)
+    head.weight[torch.tensor(rows)] = new.weight[torch.tensor(places)]
