@@ -3,7 +3,7 @@
 A figure without a control says little: beside the activation lenses stand text-only lenses on the same rows and lenses
 trained on shuffled labels. Intervals come from a bootstrap over *groups* (articles, templates), never over rows,
 because the rows of one article are not independent; every draw is shared by all concepts and systems, so that
-differences are paired.
+differences are paired. That of a mean over concepts keeps every concept in every draw (`ftw.map.influence`).
 
 Axes: S texts, N concepts, P permutations of the labels, R bootstrap draws.
 """
@@ -18,8 +18,10 @@ import numpy as np
 
 from ftw.errors import ConfigError, DataError
 from ftw.map import metrics
-from ftw.map.bootstrap import affordable_draws, bootstrap
+from ftw.map.bootstrap import affordable_draws, bootstrap, group_counts
+from ftw.map.influence import Influence, influence
 
+MANY_CELLS = 4_000_000  # texts × concepts
 ACTIVATION, TEXT, SHUFFLED, BOTH = "activation", "text", "shuffled", "both"
 # Controls that are far below any useful lens: the lens's own interval is held against them, which costs no draws.
 UNPAIRED = frozenset({"length", "position", "random"})
@@ -30,7 +32,7 @@ class EvaluateConfig:
     """What is computed beside the plain figures.
 
     Attributes:
-        draws: bootstrap draws (lowered when texts × concepts are so many that they would take minutes; a note says so).
+        draws: bootstrap draws (for the intervals of single concepts fewer, with a note, where all would take minutes).
         confidence: mass of the intervals. slices: columns of the sample table to break the figures down by.
         max_slice_values: values of a column with figures of their own, the most frequent first.
         bins: bins of the calibration error. prior: base rate that the probabilities are for.
@@ -52,9 +54,11 @@ class Evaluation:
     """Figures per concept, their means, and the same per slice.
 
     Attributes:
-        concepts: figures of each concept by name; NaN where a concept has one class; `no_better_than` is a list of
-            words.
-        mean: mean of every figure over the concepts that have it, with intervals of its own.
+        concepts: figures of each concept by name; NaN where a concept has one class. Intervals are NaN where a class
+            comes from a single group, which tells nothing of how others would read. `no_better_than`: the controls that
+            the interval does not rule out.
+        mean: mean of every figure over the concepts that have it. Its intervals `…_low`, `…_high` are for these
+            concepts on other texts, `…_wide_low`, `…_wide_high` for other concepts like them too.
         slices: column -> value -> {"mean": figures, "concepts": {name: auroc}, "num_rows": texts}.
         notes: what a reader must know: concepts without figures, lowered draws, few groups.
     """
@@ -187,24 +191,22 @@ def _figures(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Every figure as N numbers, and the means."""
     rows = readings.labels_SN, readings.weights_SN
-    paired = {name: scores_SN for name, scores_SN in readings.scores.items() if name not in UNPAIRED}
-    draws = affordable_draws(config.draws, int((readings.weights_SN > 0).sum()) * len(paired))
+    num_paired = sum(name not in UNPAIRED for name in readings.scores)
+    draws = affordable_draws(config.draws, *rows, num_systems=num_paired)
     if notes is not None and draws < config.draws:
-        notes.append(f"intervals from {draws} bootstrap draws instead of {config.draws}: texts × concepts are many")
-    figures = _plain_figures(readings, config, draws)
+        notes.append(
+            f"intervals of single concepts from {draws} bootstrap draws instead of {config.draws}: there are many texts"
+        )
+    figures = _plain_figures(readings, config)
     mean: dict[str, Any] = {name: _mean(values_N) for name, values_N in figures.items()}
     for name in ("num_positive", "num_negative", "threshold", "threshold_1"):
         mean.pop(name, None)  # a mean of logits of different lenses means nothing
-    drawn = bootstrap(paired, *rows, readings.groups_S, draws=draws, seed=config.seed)
-    tails = (1 - config.confidence) / 2, (1 + config.confidence) / 2
-    for name, drawn_RN in drawn.items():
-        key = "auroc" if name == ACTIVATION else f"auroc_{name}"
-        _add_interval(figures, mean, key, drawn_RN, tails)
-        if name != ACTIVATION:
-            key = "difference" if name == TEXT else f"difference_{name}"
-            figures[key] = figures["auroc"] - figures[f"auroc_{name}"]
-            mean[key] = _mean(figures[key])
-            _add_interval(figures, mean, key, drawn[ACTIVATION] - drawn_RN, tails)
+    single_N = _add_intervals(readings, config, figures, mean, draws)
+    if notes is not None and single_N.any():
+        notes.append(
+            f"{int(single_N.sum())} concepts without an interval of their own: one group holds all their positives or "
+            "all their negatives; in the mean's interval they stand for one another"
+        )
     if readings.shuffled:
         shuffled_PN = np.stack([metrics.auroc(scores_SN, *rows) for scores_SN in readings.shuffled])
         figures["auroc_shuffled"] = shuffled_PN.mean(axis=0)
@@ -219,7 +221,7 @@ def _figures(
     return figures, mean
 
 
-def _plain_figures(readings: _Readings, config: EvaluateConfig, draws: int) -> dict[str, np.ndarray]:
+def _plain_figures(readings: _Readings, config: EvaluateConfig) -> dict[str, np.ndarray]:
     """The figures that need no resampling."""
     rows = readings.labels_SN, readings.weights_SN
     used_SN, positive_SN = readings.weights_SN > 0, readings.labels_SN > 0
@@ -241,8 +243,8 @@ def _plain_figures(readings: _Readings, config: EvaluateConfig, draws: int) -> d
         figures["recall_at_threshold_1"], figures["fpr_at_threshold_1"] = recall_N, rate_N
     if readings.probabilities_SN is not None:
         chances_SN, prior = readings.probabilities_SN, config.prior
-        # The floor is a mean over simulations, so a tenth of them is enough where the bootstrap had to be lowered.
-        floor_draws = config.floor_draws if draws == config.draws else math.ceil(config.floor_draws / 10)
+        # The floor is a mean over simulations: a tenth of them is enough where they would take minutes.
+        floor_draws = math.ceil(config.floor_draws / (10 if chances_SN.size > MANY_CELLS else 1))
         figures["ece"] = metrics.ece(chances_SN, *rows, bins=config.bins, prior=prior)
         figures["ece_floor"] = metrics.ece_floor(
             chances_SN, *rows, bins=config.bins, prior=prior, draws=floor_draws, seed=config.seed
@@ -251,25 +253,34 @@ def _plain_figures(readings: _Readings, config: EvaluateConfig, draws: int) -> d
     return figures
 
 
-def _add_interval(
-    figures: dict[str, np.ndarray],
-    mean: dict[str, Any],
-    key: str,
-    drawn_RN: np.ndarray,
-    tails: tuple[float, float],
-) -> None:
-    """Interval of each concept, and of the mean over concepts within each draw."""
-    low_N, high_N = np.full((2, drawn_RN.shape[1]), np.nan)
-    known_N = np.isfinite(drawn_RN).any(axis=0)
-    if known_N.any():
-        low_N[known_N], high_N[known_N] = np.nanquantile(drawn_RN[:, known_N], tails, axis=0)
-        known_RN = np.isfinite(drawn_RN)
-        sums_R, counts_R = np.where(known_RN, drawn_RN, 0).sum(axis=1), known_RN.sum(axis=1)
-        means_R = sums_R[counts_R > 0] / counts_R[counts_R > 0]
-        mean[f"{key}_low"], mean[f"{key}_high"] = (float(edge) for edge in np.quantile(means_R, tails))
-    else:
-        mean[f"{key}_low"] = mean[f"{key}_high"] = math.nan
-    figures[f"{key}_low"], figures[f"{key}_high"] = low_N, high_N
+def _add_intervals(
+    readings: _Readings, config: EvaluateConfig, figures: dict[str, np.ndarray], mean: dict[str, Any], draws: int
+) -> np.ndarray:
+    """Differences to the controls, intervals of each concept and of the means; tells where a class has one group."""
+    rows = readings.labels_SN, readings.weights_SN
+    counts_GR, numbers_S = group_counts(readings.groups_S, draws=config.draws, seed=config.seed)
+    paired = {name: scores_SN for name, scores_SN in readings.scores.items() if name not in UNPAIRED}
+    drawn = bootstrap(paired, *rows, readings.groups_S, draws=draws, seed=config.seed)
+    own, own_RN = influence(readings.scores[ACTIVATION], *rows, numbers_S), drawn[ACTIVATION]
+    figures_of: dict[str, tuple[Influence, np.ndarray]] = {"auroc": (own, own_RN)}
+    for name in [name for name in drawn if name != ACTIVATION]:
+        other = influence(readings.scores[name], *rows, numbers_S)
+        key = "difference" if name == TEXT else f"difference_{name}"
+        figures[key] = figures["auroc"] - figures[f"auroc_{name}"]
+        mean[key] = _mean(figures[key])
+        figures_of |= {f"auroc_{name}": (other, drawn[name]), key: (own - other, own_RN - drawn[name])}
+    tails = (1 - config.confidence) / 2, (1 + config.confidence) / 2
+    for key, (moved, drawn_RN) in figures_of.items():
+        known_N = np.isfinite(drawn_RN).any(axis=0) & (moved.single_N < 0)
+        low_N, high_N = np.full((2, len(known_N)), np.nan)
+        if known_N.any():
+            low_N[known_N], high_N[known_N] = np.nanquantile(drawn_RN[:, known_N], tails, axis=0)
+        figures[f"{key}_low"], figures[f"{key}_high"] = low_N, high_N
+        least = 0.0 if key.startswith("auroc") else -1.0
+        for kind, drawn_R in zip(("", "_wide"), moved.mean_draws(counts_GR, seed=config.seed), strict=True):
+            edges = np.clip(np.quantile(drawn_R, tails), least, 1.0).tolist()
+            mean[f"{key}{kind}_low"], mean[f"{key}{kind}_high"] = edges
+    return np.asarray(own.single_N >= 0)
 
 
 def _pooled_ece(readings: _Readings, config: EvaluateConfig) -> float:

@@ -143,9 +143,11 @@ def test_the_same_seed_gives_the_same_figures():
 
 
 def test_draws_fall_for_large_work_and_the_notes_say_so(monkeypatch):
-    assert affordable_draws(1000, 1300 * 64 * 3) == 1000
-    assert affordable_draws(1000, 5000 * 8000 * 3) == 100
-    assert affordable_draws(20, 5000 * 8000 * 3) == 20
+    small, large = np.zeros((1300, 64), np.int8), np.zeros((9000, 600), np.int8)
+    small[::5], large[::3] = 1, 1
+    assert affordable_draws(1000, small, np.ones(small.shape, np.int8), num_systems=3) == 1000
+    assert affordable_draws(1000, large, np.ones(large.shape, np.int8), num_systems=4) == 100
+    assert affordable_draws(20, large, np.ones(large.shape, np.int8), num_systems=4) == 20
     monkeypatch.setattr("ftw.map.bootstrap.AFFORDABLE_WORK", 0)
     result = run(*held_out())
     assert result.mean["draws"] == 100
