@@ -54,6 +54,8 @@ class TextConfig:
         folds: groups of texts left out in turn to calibrate probabilities, at a base rate of ½ as those of activation
             lenses are; 0 leaves the logits raw. seed: of the folds.
         window_words: words in a window of background text; 0 for no percentiles. num_windows: taken at most.
+        kept: share of the weights, over all lenses, that stay: those that move a logit most. Negative texts leave each
+            lens thousands of weights that say next to nothing, and they are most of a large pack.
     """
 
     ngrams: int = 2
@@ -67,6 +69,7 @@ class TextConfig:
     seed: int = 0
     window_words: int = 24
     num_windows: int = 4096
+    kept: float = 1.0
 
     def __post_init__(self) -> None:
         if self.ngrams < 0 or self.min_df < 1 or self.c <= 0 or self.ngrams > LONGEST_GRAM:
@@ -82,6 +85,8 @@ class TextConfig:
             raise ConfigError(f"text lenses: class_weight={self.class_weight!r}; choose balanced or null")
         if self.folds == 1 or self.folds < 0:
             raise ConfigError(f"text lenses: folds={self.folds}; choose 2 or more, or 0 for uncalibrated logits")
+        if not 0 < self.kept <= 1:
+            raise ConfigError(f"text lenses: kept={self.kept}; give a share of the weights, above 0 and at most 1")
         if self.window_words < 0 or self.num_windows < 1:
             raise ConfigError(
                 f"text lenses: window_words={self.window_words} must be ≥ 0 and num_windows={self.num_windows} ≥ 1"
@@ -147,7 +152,9 @@ def fit_text_lenses(
     fits = _fit_all(features_SV, marks, config, progress)
     _report(table.concepts, fits, config)
     bank = _bank(table.concepts, fits, vectoriser, config)
-    scale_N, offset_N, fitted_N = _calibration(bank.names, fits, marks)
+    if config.kept < 1:
+        bank = slimmed(bank, features_SV, config.kept)
+    scale_N, offset_N, fitted_N = _calibration(bank.names, fits, marks, config)
     if fitted_N.any():
         bank = bank.calibrated(scale_N, offset_N)
     held_out = [
@@ -180,6 +187,36 @@ def with_percentiles(bank: TextBank, windows: Sequence[str]) -> TextBank:
     """
     quantiles_NQ, levels_Q = background_quantiles(bank.score(windows).numpy())
     return replace(bank, quantiles_NQ=quantiles_NQ, levels_Q=levels_Q.astype(np.float32))
+
+
+def slimmed(bank: TextBank, features_SV: sparse.csr_matrix, kept: float) -> TextBank:
+    """The bank with the share `kept` of its weights: those with the largest |coefficient| · root mean square of tf-idf.
+
+    One limit holds for all lenses, so that a broad concept keeps more weights than a narrow one. What is left out adds
+    its mean over the texts to the intercept; norms are those of the whole vocabulary, as before.
+
+    Args:
+        features_SV: tf-idf of the texts the bank was fitted on, by rows of its vocabulary.
+    """
+    assert bank.idf is not None  # lenses that share a vocabulary
+    idf_V = bank.idf.astype(np.float64)
+    mean_V = np.asarray(features_SV.mean(axis=0)).ravel() / idf_V
+    size_V = np.sqrt(np.asarray(features_SV.power(2).mean(axis=0)).ravel()) / idf_V
+    length_V = np.diff(bank.row_starts)
+    moves_E = np.abs(bank.numerators) * np.repeat(size_V, length_V).astype(np.float32)
+    num_dropped = len(moves_E) - max(1, round(kept * len(moves_E)))
+    limit = np.partition(moves_E, num_dropped)[num_dropped]
+    kept_E = moves_E >= limit
+    dropped_E = np.where(kept_E, 0, bank.numerators * np.repeat(mean_V, length_V))
+    bias_N = bank.bias + np.bincount(bank.lenses, dropped_E, minlength=len(bank))
+    before_E = np.concatenate([[0], np.cumsum(kept_E)])
+    return replace(
+        bank,
+        row_starts=before_E[bank.row_starts].astype(np.int64),
+        lenses=bank.lenses[kept_E],
+        numerators=bank.numerators[kept_E],
+        bias=bias_N.astype(np.float32),
+    )
 
 
 def _with_background(bank: TextBank, table: SampleTable, rows: np.ndarray, config: TextConfig) -> TextBank:
@@ -276,7 +313,7 @@ def _solve(
 
 
 def _calibration(
-    names: list[str], fits: list[_Fit | None], marks: list[_Marks]
+    names: list[str], fits: list[_Fit | None], marks: list[_Marks], config: TextConfig
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Platt's scale and offset of the out-of-fold logits, and who has some; a lens without stays raw, at 1 and 0."""
     scale_N, offset_N, fitted_N = np.ones(len(names)), np.zeros(len(names)), np.zeros(len(names), dtype=bool)
@@ -290,7 +327,7 @@ def _calibration(
         offset_N[lenses] = np.where(backwards_n, 0.0, platt.offset_N)
         fitted_N[lenses] = platt.fitted_N
     raw = [name for name, fit, fitted in zip(names, fits, fitted_N, strict=True) if fit and not fitted]
-    if raw:
+    if raw and config.folds:
         words = "text lenses: %d are not calibrated, for want of groups with positives and negatives: %s"
         log.warning(words, len(raw), ", ".join(raw[:20]))
     return scale_N, offset_N, fitted_N

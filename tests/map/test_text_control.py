@@ -182,6 +182,32 @@ def test_characters_know_pieces_of_words():
     assert not torch.equal(*pieces.score(probe))
 
 
+def test_a_slim_bank_keeps_what_moves_logits_and_their_mean():
+    table = pool(300)
+    train = [table.texts[row] for row in table.where("train")]
+    whole = fit_text_bank(table, TextConfig(folds=0), progress=False)
+    slim = fit_text_bank(table, TextConfig(folds=0, kept=0.1), progress=False)
+    assert len(slim.lenses) == pytest.approx(0.1 * len(whole.lenses), abs=5)
+    assert slim.vocabulary == whole.vocabulary
+    # What is left out says nothing on average, and little of any text.
+    before, after = (bank.score(train).numpy() for bank in (whole, slim))
+    np.testing.assert_allclose(after.mean(axis=0), before.mean(axis=0), atol=1e-4)
+    assert (after - before).std() < 0.3 * before.std()
+    # Every kept weight moves its lens more than every dropped one moves its own.
+    vectoriser = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit(train)
+    features = vectoriser.transform(train)
+    size = np.sqrt(np.asarray(features.power(2).mean(axis=0)).ravel()) / vectoriser.idf_
+    moved = np.zeros((2, len(whole.vocabulary), len(whole)))
+    for place, bank in enumerate((whole, slim)):
+        rows = np.repeat(np.arange(len(bank.vocabulary)), np.diff(bank.row_starts))
+        moved[place, rows, bank.lenses] = np.abs(bank.numerators) * size[rows]
+    kept = moved[1] > 0
+    np.testing.assert_allclose(moved[1][kept], moved[0][kept])
+    assert moved[0][kept].min() >= moved[0][~kept].max() * (1 - 1e-5)
+    again = slim.from_tensors(slim.tensors(), slim.description())
+    assert torch.equal(again.score(UNSEEN), slim.score(UNSEEN))
+
+
 def test_the_same_table_gives_the_same_bank(monkeypatch):
     table = pool(150, 40)
     first = fit_text_bank(table, progress=False)
@@ -217,3 +243,5 @@ def test_unusable_input_is_refused_with_the_next_step():
         TextConfig(chars=[5, 3])
     with pytest.raises(ConfigError, match="folds=1"):
         TextConfig(folds=1)
+    with pytest.raises(ConfigError, match="kept=0"):
+        TextConfig(kept=0)
