@@ -11,15 +11,17 @@ from ftw.cli._schema_train import DATA, EvaluateJob
 from ftw.cli._sources import Sources, lens_pack
 from ftw.cli._verb import verb
 from ftw.errors import ConfigError, DataError
-from ftw.map.cards import Cards, make_cards
-from ftw.map.collect import collect
+from ftw.map.cards import Cards, make_cards, marks_of
+from ftw.map.collect import CollectConfig, collect
 from ftw.map.compose import ComposeConfig
 from ftw.map.contributions import TextReader
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import Evaluation
 from ftw.map.pack import LensPack
 from ftw.map.samples import SampleTable
-from ftw.map.training.fit import evaluate_stack, read_texts
+from ftw.map.text_level import text_level_logits
+from ftw.map.training.finish import visible_texts
+from ftw.map.training.fit import evaluate_stack
 from ftw.substrate.model import Substrate
 from ftw.ui.cards import write_cards
 from ftw.ui.report import write_report
@@ -47,22 +49,17 @@ def evaluate(job: EvaluateJob) -> None:
         made = samples(job, substrate, sources, concepts=pack.concepts)
         table = test_rows(made.table, pack)
         step.note(f"{len(table):,} texts")
-    config = replace(
-        job.map.encyclopedia,
-        layers=[float(layer) for layer in pack.recipe.layers],
-        max_tokens=pack.recipe.max_tokens,
-        tokens_per_text={},
-    )
+    known = pack.subset([name for name in pack.names if name in set(table.concepts)])
     with run_steps.step("Collect states"):
-        encyclopedia = collect(substrate, table, config)
+        encyclopedia = collect(substrate, table, capture(job.map.encyclopedia, known))
+        texts = visible_texts(encyclopedia, substrate)
     with encyclopedia, run_steps.step("Evaluate"):
-        known = pack.subset([name for name in pack.names if name in set(table.concepts)])
         evaluation = evaluate_stack(
-            known.stack, encyclopedia, config=job.evaluate, pool=pack.recipe.pooling, text=known.text
+            known.stack, encyclopedia, config=job.evaluate, pool=pack.recipe.pooling, text=known.text, texts=texts
         )
     title = f"Lens pack {pack.pack_id} on {getattr(job.data, 'path', 'held-out text')}"
     with encyclopedia, run_steps.step("Make the cards") as step:
-        cards = lens_cards(job, known, substrate, encyclopedia, evaluation, training=made.table)
+        cards = lens_cards(job, known, substrate, encyclopedia, evaluation, texts=texts, training=made.table)
         _run.write_json(folder / "cards.json", cards.to_json())
         write_cards(folder / "cards.html", cards, title=title, command=_run.command())
         step.note(f"{len(cards.cards)} of {len(known.names):,} lenses")
@@ -86,6 +83,18 @@ def evaluate(job: EvaluateJob) -> None:
     )
 
 
+def capture(config: CollectConfig, pack: LensPack) -> CollectConfig:
+    """What has to be kept of held-out texts for the lenses of a pack to read them."""
+    pooling, recipe = pack.stack.pooling, pack.recipe
+    return replace(
+        config,
+        layers=[float(layer) for layer in recipe.layers],
+        max_tokens=recipe.max_tokens,
+        pools=config.pools if pooling is None else pooling.states,
+        tokens_per_text={"test": -1} if pooling is not None and pooling.uses("max") else {},
+    )
+
+
 def lens_cards(
     job: EvaluateJob,
     pack: LensPack,
@@ -93,16 +102,26 @@ def lens_cards(
     encyclopedia: Encyclopedia,
     evaluation: Evaluation,
     *,
+    texts: list[str],
     training: SampleTable,
 ) -> Cards:
-    """The cards of a pack on the texts of an encyclopedia; `training` may hold the texts that it learned from."""
-    recipe, table = pack.recipe, encyclopedia.table
+    """The cards of a pack on the texts of an encyclopedia, as far as they were read.
+
+    Args:
+        training: may hold the texts that the lenses learned from.
+    """
+    recipe = pack.recipe
+    table = replace(encyclopedia.table, texts=texts)
+    _, weights_SN = marks_of(table, pack.names)
+    logits_SN = text_level_logits(
+        pack.stack, encyclopedia, np.arange(len(table)), pool=recipe.pooling, wanted_SN=weights_SN > 0
+    )
     return make_cards(
         pack,
         TextReader(substrate, tuple(recipe.layers), recipe.pooling, recipe.max_tokens, encyclopedia.spec.precision),
         table,
         evaluation,
-        read_texts(pack.stack, encyclopedia, np.arange(len(table)), pool=recipe.pooling),
+        logits_SN,
         training=training,
         config=job.cards,
         evaluate=job.evaluate,

@@ -89,7 +89,7 @@ class Card:
     edges: list[float]
     positive: list[int]
     negative: list[int]
-    exact: bool
+    exact: bool = False
     strongest: list[ShownText] = field(default_factory=list)
     missed: list[ShownText] = field(default_factory=list)
     training: list[ShownText] = field(default_factory=list)
@@ -132,7 +132,7 @@ def make_cards(
         evaluation: their figures. training: a table with the texts that the lenses learned from, if there is one.
     """
     config, evaluate = config or CardsConfig(), evaluate or EvaluateConfig()
-    labels_SN, weights_SN = _marks(table, pack.names)
+    labels_SN, weights_SN = marks_of(table, pack.names)
     held_out = HeldOut(pack.names, table.texts, table.groups, labels_SN, weights_SN, logits_SN)
     figures, carried = with_training_controls(evaluation.concepts, pack)
     names = most_telling(figures, config.limit)
@@ -142,8 +142,9 @@ def make_cards(
     shown = held_out.of(names)
     confused = confusions(pack, held_out, names)
     cards = {name: _numbers(pack, shown, lens, config, evaluate) for lens, name in enumerate(names)}
+    exact = bool(names) and is_exact(pack.stack.rows(names), reader.pool)
     for name, pairs in confused.items():
-        cards[name].confused = pairs
+        cards[name].confused, cards[name].exact = pairs, exact
     if names:
         _read_texts(pack, reader, shown, table.sources, training, cards, config, evaluate.seed)
         if config.words:
@@ -235,7 +236,8 @@ def _lineage(pack: LensPack, name: str) -> frozenset[str]:
     return pack.concepts.ancestors(name) | pack.concepts.descendants(name) | {name}
 
 
-def _marks(table: SampleTable, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def marks_of(table: SampleTable, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and weights [S, N] of all texts for some concepts, in their order."""
     labels_SN, weights_SN = table.matrices(np.arange(len(table)))
     column = {name: index for index, name in enumerate(table.concepts)}
     order = [column[name] for name in names]
@@ -261,7 +263,6 @@ def _numbers(pack: LensPack, shown: HeldOut, lens: int, config: CardsConfig, eva
         edges=edges_K.tolist(),
         positive=np.histogram(inside_s[positive_s], edges_K)[0].tolist(),
         negative=np.histogram(inside_s[~positive_s], edges_K)[0].tolist(),
-        exact=is_exact(pack.stack, pack.recipe.pooling),
     )
 
 
@@ -310,10 +311,10 @@ def _read_texts(
     for lens, row in _training_rows(training, shown.names, config.train_texts, seed):
         assert training is not None
         wanted.setdefault(training.texts[row], []).append(_Wanted(lens, "training", 1, training.sources[row]))
-    bank, exact = pack.stack.rows(shown.names).bank(), is_exact(pack.stack, pack.recipe.pooling)
+    stack = pack.stack.rows(shown.names)
     texts = list(wanted)
     for index, normed_TLD in reader.tokens(texts, telling="reading texts for cards"):
-        logit_n, share_Tn = shares_of_tokens(bank, normed_TLD, reader.pool, exact=exact)
+        logit_n, share_Tn = shares_of_tokens(stack, normed_TLD, reader.pool)
         words = pieces(reader.substrate.tokenizer, reader.token_ids(texts[index])[1:])
         for want in wanted[texts[index]]:
             parts = list(zip(words, share_Tn[:, want.lens].tolist(), strict=True))

@@ -151,9 +151,7 @@ def remove_words(
         lefts = list(dict.fromkeys(changed.values()))
         place_of = {left: place for place, left in enumerate(lefts)}
         place_P = np.array([place_of[left] for left in changed.values()])
-        after_Sn[places] = (
-            stack.bank().logits(reader.pooled(lefts, telling="reading edited texts")).numpy()[place_P, places[1]]
-        )
+        after_Sn[places] = reader.logits(stack, lefts, telling="reading edited texts").numpy()[place_P, places[1]]
         if text is not None:
             said["after"][places] = text.score(lefts).double().numpy()[place_P, places[1]]
     counts = np.bincount([lens for _, lens in changed], minlength=len(words))

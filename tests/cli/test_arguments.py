@@ -26,7 +26,7 @@ WRONG = [
     ("hat.lens.hidden=abc", ["hat.lens.hidden", "abc", "Integer"]),
     ("seed=1.5", ["seed", "1.5"]),
     ("layers=abc", ["layers", "a list is needed"]),
-    ("hat/lens=mpl", ["hat/lens=mpl", "did you mean mlp", "linear, mlp"]),
+    ("hat/lens=mpl", ["hat/lens=mpl", "did you mean mlp", "linear, lstm, mlp"]),
     ("logger=wandbb", ["csv, none, tensorboard, wandb"]),
     ("experiment=nothing", ["experiment=nothing", "wordnet"]),
     ("+experiment=wordnet", ["leave out the +"]),

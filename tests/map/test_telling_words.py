@@ -70,15 +70,14 @@ def test_figures_before_and_after_are_those_of_the_texts_read_one_by_one(tiny_su
     reader = TextReader(tiny_substrate, (2,), "mean", 64, "float32")
     texts = [f"the whale number {n} in the sea" for n in range(6)] + [f"the road number {n} sea" for n in range(8)]
     labels, stack = [1] * 6 + [0] * 8, lens(tiny_substrate.width)
-    bank = stack.bank()
-    logits_S1 = bank.logits(reader.pooled(texts)).numpy()
+    logits_S1 = reader.logits(stack, texts).numpy()
     words = [["whale", "sea"]]
     (found,) = remove_words(
         held_out(texts, labels, logits_S1), words, stack=stack, reader=reader, text=text, most=50, seed=0
     )
     assert found is not None
     assert (found.num_positive, found.num_negative, found.num_changed) == (6, 8, 14)
-    after_S = bank.logits(reader.pooled([without_words(each, words[0]) for each in texts])).numpy()[:, 0]
+    after_S = reader.logits(stack, [without_words(each, words[0]) for each in texts]).numpy()[:, 0]
 
     def area(scores: np.ndarray) -> float:
         gaps = scores[:6, None] - scores[None, 6:]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftw.hat.pooling import POOLS
+from ftw.hat.pooling import POOLS, STATE_POOLS
 from ftw.map.calibrate import best_f1_threshold, fit_platt, fpr_threshold
 from ftw.map.metrics import auroc
 from ftw.map.training.lens_rows import LensRows
@@ -24,6 +24,9 @@ COMBINATIONS = ("stack", "choose", "average")
 STACK_PENALTY = 0.003
 # Fewer rows of a class cannot be standardised, divided into folds and calibrated: their mean is what they tell.
 FEWEST_ROWS = 3
+# With fewer rows of a class, choices by cross-validation are noise, and worse: held-out rows of a small set lean to the
+# other class. Penalty and weights are fixed then (on sae-probes a stack learnt from 5 rows a class ranks below chance).
+SMALL_ROWS, SMALL_PENALTY = 20, 1e-3
 # Of a calibration whose logits tell nothing out of fold.
 SMALLEST_SCALE = 1e-3
 
@@ -65,6 +68,11 @@ class Draft:
     penalties: dict[str, float] = field(default_factory=dict)
 
     @property
+    def small(self) -> bool:
+        """Too few rows to choose anything by."""
+        return min(self.rows.num_positive, self.rows.num_negative) < SMALL_ROWS
+
+    @property
     def few(self) -> bool:
         return min(self.rows.num_positive, self.rows.num_negative) < FEWEST_ROWS
 
@@ -86,10 +94,14 @@ class Lens:
 def finish_lens(draft: Draft, pools: list[str], combine: str) -> Lens:
     rows, num_layers, used = draft.rows, len(draft.held_out_LPS), [POOLS.index(pool) for pool in pools]
     if draft.few:
-        return _few(draft)
+        return _few(draft, pools)
     held_out_SX = draft.held_out_LPS[:, used].reshape(-1, len(rows)).T
-    scale_X, offset_X = _lines(held_out_SX, *rows.columns(held_out_SX.shape[1]))
-    calibrated_SX = _calibrated_out_of_fold(held_out_SX, draft)
+    if draft.small:
+        scale_X, offset_X = 1 / held_out_SX.std(0).clip(1e-6), np.zeros(held_out_SX.shape[1])
+        calibrated_SX, combine = held_out_SX * scale_X, "average"
+    else:
+        scale_X, offset_X = _lines(held_out_SX, *rows.columns(held_out_SX.shape[1]))
+        calibrated_SX = _calibrated_out_of_fold(held_out_SX, draft)
     means_SU = calibrated_SX.reshape(len(rows), num_layers, -1).mean(1)
     weight_X, bias, combined_S = _combine(calibrated_SX, means_SU, draft, combine)
     scale, offset = _line(combined_S, rows)
@@ -120,15 +132,20 @@ def finish_lens(draft: Draft, pools: list[str], combine: str) -> Lens:
     )
 
 
-def _few(draft: Draft) -> Lens:
+def _few(draft: Draft, pools: list[str]) -> Lens:
     """A lens with nothing left to calibrate on: its logits are distances in units of half the gap between the means."""
     rows, num_layers = draft.rows, len(draft.held_out_LPS)
+    states = [pool for pool in pools if pool in STATE_POOLS] or ["mean"]
+    used = [POOLS.index(pool) for pool in states]
     scale_LP, ones_L = np.zeros((num_layers, len(POOLS))), np.ones(num_layers)
-    scale_LP[:, 0] = 1 / num_layers
+    scale_LP[:, used] = 1 / (num_layers * len(used))
     choice = Choice(
-        {"mean": 1.0}, num_positive=rows.num_positive, num_negative=rows.num_negative, difference_of_means=True
+        dict.fromkeys(states, round(1 / len(states), 4)),
+        num_positive=rows.num_positive,
+        num_negative=rows.num_negative,
+        difference_of_means=True,
     )
-    return Lens(scale_LP, 0.0, ones_L, 0 * ones_L, 0.0, 1.0, draft.held_out_LPS[:, 0].mean(0), choice)
+    return Lens(scale_LP, 0.0, ones_L, 0 * ones_L, 0.0, 1.0, draft.held_out_LPS[:, used].mean((0, 1)), choice)
 
 
 def _combine(

@@ -7,7 +7,8 @@
    the best single pool or all ("choose"); or all alike ("average"). Where positives of siblings are among the
    negatives, they alone decide: a lens's own easy negatives choose wrongly.
 3. The combination is itself made out of fold, and calibrated once more on that; the same rows give the thresholds.
-4. A lens with fewer than three rows of a class is the difference of its class means; it is marked.
+4. With fewer than twenty rows of a class nothing is chosen: one penalty, and the average of all layers and pools. With
+   fewer than three a lens is the difference of its class means, and is marked.
 
 Sources: Kantamneni et al. 2025, Are sparse autoencoders useful? (benchmark and baselines); Platt 1999, Probabilistic
 outputs for support vector machines; Wolpert 1992, Stacked generalization.
@@ -33,7 +34,7 @@ from ftw.hat.store import LensStack
 from ftw.map.derived import pooled
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.metrics import auroc
-from ftw.map.training.combine import COMBINATIONS, Choice, Draft, Lens, finish_lens
+from ftw.map.training.combine import COMBINATIONS, SMALL_PENALTY, Choice, Draft, Lens, finish_lens
 from ftw.map.training.lens_rows import LensRows
 from ftw.map.training.logistic import Rotated, logistic_columns, logistic_paths, rotate
 
@@ -245,9 +246,9 @@ def _logistic(states: _States, draft: Draft, penalties: Sequence[float]) -> tupl
 
 
 def _best_penalty(held_out_SC: np.ndarray, draft: Draft, penalties: Sequence[float]) -> int:
-    """Of the highest mean AUROC within folds, the strongest of equals; without folds the one nearest to 1e-3."""
-    if not draft.num_folds:
-        return int(np.argmin([abs(np.log10(penalty) + 3) for penalty in penalties]))
+    """Of the highest mean AUROC within folds, the strongest of equals; of few rows the one nearest to 1e-3."""
+    if not draft.num_folds or draft.small:
+        return int(np.argmin([abs(np.log10(penalty / SMALL_PENALTY)) for penalty in penalties]))
     labels_SC = np.repeat(draft.rows.labels[:, None], held_out_SC.shape[1], axis=1)
     weights_SC = np.repeat(draft.rows.weights[:, None], held_out_SC.shape[1], axis=1)
     areas_FC = np.stack(

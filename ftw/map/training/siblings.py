@@ -166,11 +166,13 @@ def refine_siblings(
     afterwards (`ftw.map.training.fit.with_percentiles`).
 
     Raises:
-        ConfigError: the lenses are not linear.
+        ConfigError: the lenses are not linear, or read texts by several pools.
     """
     config = config or SiblingConfig()
-    if not all(isinstance(head, LinearHead) for head in stack.heads):
-        raise ConfigError("siblings are ranked apart for linear lenses only; train with hat/lens=linear")
+    if stack.pooling is not None or not all(isinstance(head, LinearHead) for head in stack.heads):
+        raise ConfigError(
+            "siblings are ranked apart for linear lenses that read one pool; train with map.training.solver=lda"
+        )
     place = {name: column for column, name in enumerate(stack.names)}
     report = SiblingReport()
     heads = [head.rows(torch.arange(len(stack.names))) for head in stack.heads]
