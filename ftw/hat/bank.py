@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ftw.errors import ConfigError, PackError, SubstrateError
 from ftw.hat.basis import Basis
+from ftw.hat.floor import logits_at
 from ftw.hat.lens import Head, enlarged, find_rows
 from ftw.hat.linear import LinearHead
 from ftw.hat.slots import Slots
@@ -234,6 +235,14 @@ class LensBank(nn.Module):
         uncalibrated bank ranks by logit.
         """
         return (logits_BN - self.median) / self.spread if self.calibrated else logits_BN
+
+    def background(self) -> tuple[Tensor, Tensor]:
+        """Quantiles of each lens's logits on background tokens, [N, Q], and the levels they stand for."""
+        return self.quantiles, self.levels
+
+    def logits_at(self, rank: float) -> Tensor:
+        """Logit of each lens at a positive rank, [N]; of a calibrated bank."""
+        return logits_at(rank, self.median, self.spread)
 
     def read(self, states_BLD: Tensor, *, k: int, watch: Tensor | None = None) -> BankReading:
         """The k strongest lenses and the watched ones."""

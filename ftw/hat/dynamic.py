@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ftw.errors import ConfigError, SubstrateError
-from ftw.hat.aperture import Aperture, ApertureConfig, Decision
+from ftw.hat.aperture import Aperture, Decision
 from ftw.hat.bank import _interpolate, find_rows
 from ftw.hat.holder import Holder
 from ftw.hat.lineage import Lineage
@@ -61,29 +61,24 @@ class LiveLenses:
     """Activation and text lenses of one stream, behind one aperture.
 
     Args:
-        lineage: the concepts; every name of the holder and of the text bank is in it.
+        aperture: over concepts among which every name of the holder and of the text bank is.
         activation, text: either may be None, not both.
         by: what thresholds and order are about: "probability" (calibrated for whole texts) or "percentile" (against
             background tokens).
         window_tokens: pieces that the text lenses read together; 1 reads each piece alone.
-        admitted, required, static: of the aperture.
 
     Raises:
-        ConfigError: no lenses, an unknown `by`, percentiles without background, values that the aperture refuses.
+        ConfigError: no lenses, an unknown `by`, percentiles without background.
     """
 
     def __init__(
         self,
-        lineage: Lineage,
-        config: ApertureConfig,
+        aperture: Aperture,
         *,
         activation: Holder | None,
         text: TextBank | None,
         by: str = "probability",
         window_tokens: int = 32,
-        admitted: Collection[str] | None = None,
-        required: Collection[str] = (),
-        static: bool = False,
     ) -> None:
         if activation is None and text is None:
             raise ConfigError("no lenses to read with: use activation lenses, text lenses or both")
@@ -97,12 +92,12 @@ class LiveLenses:
             raise ConfigError(
                 f"by='percentile': the {without[0]} lenses of this pack have no background; use by='probability'"
             )
-        self.lineage, self.activation, self.text, self._by = lineage, activation, text, by
-        self.aperture = Aperture(lineage, config, admitted=admitted, required=required, static=static)
+        self.aperture, self.lineage = aperture, aperture.lineage
+        self.activation, self.text, self._by = activation, text, by
         self.window = None if text is None else TextWindow(text, tokens=window_tokens)
         self._place_N = {
-            ACTIVATION: _places(lineage, () if activation is None else activation.names),
-            TEXT: _places(lineage, () if text is None else text.names),
+            ACTIVATION: _places(self.lineage, () if activation is None else activation.names),
+            TEXT: _places(self.lineage, () if text is None else text.names),
         }
         self.counts: Counter[str] = Counter()
         self.last_error = ""
@@ -342,8 +337,16 @@ class ApertureBank:
         return torch.tensor(find_rows(names, self._index), dtype=torch.long)
 
     def rank(self, logits_BN: Tensor, /) -> Tensor:
-        """Percentile, ties by logit; logits where there is no background."""
-        return self.percentile(logits_BN) + 1e-6 * torch.sigmoid(logits_BN) if self.calibrated else logits_BN
+        """What lenses are compared by, as in a bank; NaN where it was not read."""
+        return self._holder.rank(logits_BN)
+
+    def background(self) -> tuple[Tensor, Tensor]:
+        """Quantiles of each lens's logits on background, [N, Q], and the levels they stand for."""
+        return self._holder.background()
+
+    def logits_at(self, rank: float, /) -> Tensor:
+        """Logit of each lens at a positive rank, [N]; of calibrated lenses."""
+        return self._holder.logits_at(rank)
 
     def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor:
         """Share of background that each logit exceeds; NaN where it was not read."""

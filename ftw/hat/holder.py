@@ -41,6 +41,18 @@ class Holder(Protocol):
         """Share of background that each logit exceeds, [M]; NaN without background."""
         ...
 
+    def rank(self, logits_BN: Tensor) -> Tensor:
+        """What all lenses are compared by; logits without background."""
+        ...
+
+    def background(self) -> tuple[Tensor, Tensor]:
+        """Quantiles of each lens's logits on background, [N, Q], and the levels they stand for, on the CPU."""
+        ...
+
+    def logits_at(self, rank: float) -> Tensor:
+        """Logit of each lens at a positive rank, [N], on the CPU; with background only."""
+        ...
+
     def drop(self, rows: np.ndarray) -> None:
         """Learn that these are read no more until they are asked for again."""
         ...
@@ -93,6 +105,16 @@ class ResidentLenses:
         device = self._bank.offset.device
         logits_1M = torch.from_numpy(np.asarray(logits_M, dtype=np.float32))[None].to(device)
         return self._bank.percentile(logits_1M, torch.from_numpy(rows)[None].to(device))[0].cpu().numpy()
+
+    @torch.inference_mode()
+    def rank(self, logits_BN: Tensor) -> Tensor:
+        return self._bank.rank(logits_BN.to(self._bank.offset.device)).cpu()
+
+    def background(self) -> tuple[Tensor, Tensor]:
+        return self._bank.quantiles.cpu(), self._bank.levels.cpu()
+
+    def logits_at(self, rank: float) -> Tensor:
+        return self._bank.logits_at(rank).cpu()
 
     def drop(self, rows: np.ndarray) -> None:
         pass  # nothing to gain: all lenses are one matrix

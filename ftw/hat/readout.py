@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ftw.errors import ConfigError
 from ftw.hat.bank import _interpolate, find_rows
+from ftw.hat.floor import chance_floor, logits_at
 from ftw.hat.lineage import Lineage
 from ftw.hat.text import TextBank
 from ftw.hat.timeline import Alarm, Reading, sigmoid
@@ -32,6 +33,8 @@ class Readable(Protocol):
     def __len__(self) -> int: ...
     def rows_of(self, names: Sequence[str], /) -> Tensor: ...
     def rank(self, logits_BN: Tensor, /) -> Tensor: ...
+    def background(self) -> tuple[Tensor, Tensor]: ...
+    def logits_at(self, rank: float, /) -> Tensor: ...
     def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor: ...
 
 
@@ -59,6 +62,12 @@ class TextLenses:
         """Distance from the background median in units of its upper spread, as activation lenses are compared."""
         return (logits_BN - self._median_spread[0]) / self._median_spread[1] if self.calibrated else logits_BN
 
+    def background(self) -> tuple[Tensor, Tensor]:
+        return self._quantiles_NQ, self._levels_Q
+
+    def logits_at(self, rank: float, /) -> Tensor:
+        return logits_at(rank, *self._median_spread)
+
     def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor:
         if lenses is None or not self.calibrated:
             return self.bank.percentile(logits_BN)
@@ -72,12 +81,16 @@ class TextLenses:
 
 
 class Told(NamedTuple):
-    """What is told of one token: readings without NaN (missing), but for the watch list, which is always whole."""
+    """What is told of one token: readings without NaN (missing), but for the watch list, which is always whole.
+
+    `lead` is the strongest concept, if it stands out from what chance gives among so many lenses.
+    """
 
     top: list[Reading]
     watch: list[Reading]
     alarms: list[Alarm]
     asked: list[Reading]
+    lead: str | None
 
 
 class Readout:
@@ -108,11 +121,12 @@ class Readout:
             raise ConfigError(f"alarm={alarm} is a percentile as a share; choose one above 0 and at most 1, say 0.999")
         if alarm is not None and watch and not lenses.calibrated:
             raise ConfigError(f"alarm={alarm}: these lenses have no background to take a percentile from; leave it out")
-        self.lenses, self.top_k = lenses, top_k
+        self.lenses, self.top_k, self.floor = lenses, top_k, chance_floor(lenses)
         self.watch_rows_V = lenses.rows_of(watch)
         self._watched_by = guarded(lenses.names, watch, lineage)
         self._guarded_G = lenses.rows_of(list(self._watched_by))
         self._limits_G = self._alarm_logits(0.99 if alarm is None else alarm)
+        self._lead_N = lenses.logits_at(self.floor) if lenses.calibrated else torch.full((len(lenses),), torch.inf)
 
     def __call__(self, logits_MN: Tensor, asked_MC: Tensor | None = None) -> list[Told]:
         """Read out M tokens; `asked_MC`: rows of further lenses to tell of each."""
@@ -122,9 +136,10 @@ class Readout:
         index = torch.cat(parts, dim=1)
         logit = logits_MN.gather(1, index)
         guarded_MG = logits_MN[:, self._guarded_G]
+        leads_M1 = (logit >= self._lead_N[index])[:, : min(1, index_MK.shape[1])].any(dim=1, keepdim=True)
         numbers = torch.stack([logit, torch.sigmoid(logit), lenses.percentile(logit, index)], dim=-1)
         fires_MG = guarded_MG >= self._limits_G
-        copied = torch.cat([numbers.flatten(1), index, fires_MG], dim=1).cpu()  # one copy from the device
+        copied = torch.cat([numbers.flatten(1), index, leads_M1, fires_MG], dim=1).cpu()  # one copy from the device
         cells = index.shape[1]
         numbers_MX3 = copied[:, : 3 * cells].view(num, cells, 3).tolist()
         rows_MX = copied[:, 3 * cells : 4 * cells].long().tolist()
@@ -132,9 +147,10 @@ class Readout:
         told = []
         for m in range(num):
             all_read = [Reading(lenses.names[n], *x) for n, x in zip(rows_MX[m], numbers_MX3[m], strict=True)]
-            alarms = self._alarms(logits_MN[m], copied[m, 4 * cells :])
+            alarms = self._alarms(logits_MN[m], copied[m, 4 * cells + 1 :])
             top, watch, asked = all_read[: ends[0]], all_read[ends[0] : ends[1]], all_read[ends[1] :]
-            told.append(Told([one for one in top if one.logit == one.logit], watch, alarms, asked))
+            lead = top[0].concept if copied[m, 4 * cells] else None
+            told.append(Told([one for one in top if one.logit == one.logit], watch, alarms, asked, lead))
         return told
 
     def strongest(self, logits_MN: Tensor, k: int) -> Tensor:

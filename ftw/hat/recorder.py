@@ -90,7 +90,7 @@ class Recorder(StoppingCriteria):
         self._ends: list[int | None] = []  # where each answer ended; what follows is padding
         self._pieces: list[Pieces] = []
         self._lens_seconds, self._text_seconds, self._ms, self._clock = 0.0, 0.0, [], time.perf_counter()
-        self._last_error = ""
+        self._last_error, self._told_seconds = "", 0.0
         if self.text is not None:
             self.text.begin()
         if isinstance(self.bank, WindowReader):
@@ -204,6 +204,7 @@ class Recorder(StoppingCriteria):
             logits_TN=values[0],
             percentiles_TN=values[1],
             rank_TN=values[2],
+            floor=self.readout.floor if self.readout.lenses.calibrated else None,
             ms_per_token=ms,
             prompt=self.prompts[prompt],
             text=text,
@@ -298,6 +299,8 @@ class Recorder(StoppingCriteria):
         self._text_seconds += read - begun if self.text is not None else 0.0
         thought, gaps = self._thought(tokens, logits_BTN)
         self._lens_seconds += time.perf_counter() - read if self.bank is not None else 0.0
+        told_before, self._told_seconds = self._told_seconds, self._lens_seconds + self._text_seconds
+        lens_ms = 1000 * (self._told_seconds - told_before) / max(len(tokens), 1)
         for place, token in enumerate(tokens):
             told = written[place] if self.bank is None else thought[place]
             on_token(
@@ -311,9 +314,11 @@ class Recorder(StoppingCriteria):
                     top=told.top,
                     watch=told.watch,
                     ms=None if token.is_prompt or not self._ms else self._ms[-1],
+                    lens_ms=lens_ms,
                     text=written[place].top if self.comparison is not None else None,
                     dissonance=gaps[place] if self.comparison is not None else None,
                     alarms=() if token.is_special else told.alarms,
+                    lead=None if token.is_special else told.lead,
                     is_missing=self._is_missing(token, told),
                 ),
             )
@@ -352,7 +357,7 @@ class Recorder(StoppingCriteria):
         readout = self.readout if self.comparison is None else self.comparison.readout
         said = [token.written_N for token in tokens if token.written_N is not None]
         told = iter(readout(torch.stack(said)) if said else ())
-        nothing = Told([], self._unread(readout), [], [])
+        nothing = Told([], self._unread(readout), [], [], None)
         return [nothing if token.written_N is None else next(told) for token in tokens]
 
     def _thought(self, tokens: Sequence[_Token], logits_BTN: Tensor | None) -> tuple[list[Told], list[list[Gap]]]:

@@ -194,6 +194,19 @@ class Shelf:
         logits_1M = torch.from_numpy(np.asarray(logits_M, dtype=np.float32))[None].to(device)
         return self._readings.percentile(logits_1M, torch.from_numpy(rows)[None].to(device))[0].cpu().numpy()
 
+    @torch.inference_mode()
+    def rank(self, logits_BN: Tensor) -> Tensor:
+        """What lenses are compared by, as in a bank."""
+        return self._readings.rank(logits_BN.to(self.bank.offset.device)).cpu()
+
+    def background(self) -> tuple[Tensor, Tensor]:
+        """Quantiles of each lens's logits on background tokens, [N, Q], and the levels they stand for."""
+        return self._readings.quantiles.cpu(), self._readings.levels.cpu()
+
+    def logits_at(self, rank: float) -> Tensor:
+        """Logit of each lens at a positive rank, [N]; of a calibrated pack."""
+        return self._readings.logits_at(rank).cpu()
+
     def bring(self, names: Sequence[str]) -> list[str]:
         """Make lenses hot, those least recently asked for leaving; returns which are now, in the order given.
 

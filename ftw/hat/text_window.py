@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ftw.errors import ConfigError
+from ftw.hat.floor import chance_floor
+from ftw.hat.readout import TextLenses
 from ftw.hat.text import WORDS, TextBank, char_runs, frequency
 from ftw.hat.timeline import Timeline
 
@@ -212,5 +214,9 @@ def text_timeline(timeline: Timeline, bank: TextBank, *, tokens: int = 32) -> Ti
             logits_TN[position] = window.logits()
     meta = {**timeline.meta, "reading": "text", "window_tokens": tokens, "is_calibrated": bank.is_calibrated}
     percentiles_TN = torch.cat([bank.percentile(part_TN) for part_TN in logits_TN.split(TOKENS_AT_ONCE)])
-    readings = {"concepts": list(bank.names), "logits_TN": logits_TN.numpy(), "percentiles_TN": percentiles_TN.numpy()}
-    return replace(timeline, rank_TN=None, ms_per_token=None, meta=meta, **readings)
+    lenses, readings = TextLenses(bank), {"logits_TN": logits_TN.numpy(), "percentiles_TN": percentiles_TN.numpy()}
+    if lenses.calibrated:
+        readings |= {"rank_TN": lenses.rank(logits_TN).numpy(), "floor": chance_floor(lenses)}
+    else:
+        readings |= {"rank_TN": None, "floor": None}
+    return replace(timeline, concepts=lenses.names, ms_per_token=None, meta=meta, **readings)

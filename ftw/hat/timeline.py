@@ -16,12 +16,13 @@ import numpy as np
 
 from ftw.errors import DataError, FTWError
 from ftw.hat import timeline_file
+from ftw.hat.floor import CHANCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FLOOR = 0.99  # a concept colours a token when 99 % of background tokens read lower
+FLOOR = 0.99  # tokens of a concept are counted where 99 % of background tokens read lower
 SURPRISE_LIMIT = 3.0  # three nines: background quantiles resolve no further
 ORDERS = ("percentile", "probability", "logit")
 
@@ -66,11 +67,12 @@ class TokenReading:
         token: decoded piece, with its leading space.
         top: the strongest concepts, strongest first.
         watch: the concepts on the watch list, in its order.
-        ms: milliseconds from the token before to this one; None where nobody measured.
+        ms: milliseconds from the token before to this one; None where nobody measured. lens_ms: of all lenses.
         text: the concepts written the most, by the text lenses; None where they were not asked.
         dissonance: the largest differences between thought and written; None as above.
         alarms: watched concepts, and those below them, above the alarm percentile.
         is_missing: the lenses could not read this token's state.
+        lead: the strongest concept, if it stands out; what a token is coloured by.
     """
 
     position: int
@@ -81,10 +83,12 @@ class TokenReading:
     top: Sequence[Reading] = ()
     watch: Sequence[Reading] = ()
     ms: float | None = None
+    lens_ms: float | None = None
     text: Sequence[Reading] | None = None
     dissonance: Sequence[Gap] | None = None
     alarms: Sequence[Alarm] = ()
     is_missing: bool = False
+    lead: str | None = None
 
     def record(self) -> dict[str, Any]:
         """The same as plain data for JSON, numbers rounded; what was not asked for is left out."""
@@ -98,10 +102,14 @@ class TokenReading:
             "watch": [_record(reading) for reading in self.watch],
             "ms": None if self.ms is None else round(self.ms, 3),
         }
+        if self.lens_ms is not None:
+            record["lens_ms"] = round(self.lens_ms, 3)
         if self.text is not None:
             record["text"] = [_record(reading) for reading in self.text]
         if self.dissonance is not None:
             record["dissonance"] = [gap.record() for gap in self.dissonance]
+        if self.lead is not None:
+            record["lead"] = self.lead
         if self.alarms:
             record["alarms"] = [{"watched": alarm.watched, **_record(alarm.reading)} for alarm in self.alarms]
         return record | ({"is_missing": True} if self.is_missing else {})
@@ -118,7 +126,8 @@ class Timeline:
         concepts: N names.
         logits_TN: calibrated logits, float32; NaN where a concept was not read.
         percentiles_TN: share of background tokens that read lower, in [0, 1], float32; NaN as above.
-        rank_TN: z-scores of the logits against the background; breaks ties between percentiles. None: logits do.
+        rank_TN: heights of the logits above the background; breaks ties between percentiles. None: logits do.
+        floor: rank from which a concept stands out among all N (`ftw.hat.floor`); None where it is not known.
         ms_per_token: milliseconds each token took; None where nobody measured.
         prompt, text: what was asked (or ""), what was generated (or read).
         meta: substrate, fingerprint, pack, layers, seed, generation options, versions; plain data.
@@ -135,6 +144,7 @@ class Timeline:
     logits_TN: np.ndarray
     percentiles_TN: np.ndarray
     rank_TN: np.ndarray | None = None
+    floor: float | None = None
     ms_per_token: np.ndarray | None = None
     prompt: str = ""
     text: str = ""
@@ -213,13 +223,21 @@ class Timeline:
             for n in kept
         ]
 
-    def strongest(self, floor: float = FLOOR) -> np.ndarray:
-        """Index of the strongest concept of every token, int [T]; -1 on special tokens and below `floor`."""
-        percentiles_TN = np.nan_to_num(self.percentiles_TN, nan=-1.0)
-        ties_TN = np.nan_to_num(self.logits_TN if self.rank_TN is None else self.rank_TN, nan=-1e30)
-        best_T1 = percentiles_TN.max(axis=1, keepdims=True)
-        winner_T = np.where(percentiles_TN == best_T1, ties_TN, -np.inf).argmax(axis=1)
-        return np.where((best_T1[:, 0] >= floor) & ~self.is_special, winner_T, -1)
+    def strongest(self) -> np.ndarray:
+        """Index of the concept that stands out at every token, int [T]; -1 where none does, and on special tokens.
+
+        Without a `floor` it is the percentile that `CHANCE` lenses of all N are expected to reach: where that is more
+        than the background resolves, only readings above all of it stand out.
+        """
+        rank_TN = np.nan_to_num(self.logits_TN if self.rank_TN is None else self.rank_TN, nan=-1e30)
+        if self.rank_TN is not None and self.floor is not None:
+            is_out_T = rank_TN.max(axis=1) >= self.floor
+        else:
+            percentiles_TN = np.nan_to_num(self.percentiles_TN, nan=-1.0)
+            best_T1 = percentiles_TN.max(axis=1, keepdims=True)
+            is_out_T = best_T1[:, 0] >= max(FLOOR, 1 - CHANCE / len(self.concepts))
+            rank_TN = np.where(percentiles_TN == best_T1, rank_TN, -np.inf)
+        return np.where(is_out_T & ~self.is_special, rank_TN.argmax(axis=1), -1)
 
     def concept_means(self, by: str = "percentile") -> np.ndarray:
         """Mean of every concept over the `counted` tokens, float [N]; NaN for a concept never read."""
@@ -251,7 +269,7 @@ class Timeline:
         column = {name: index for index, name in enumerate(self.concepts)}
         if unknown := [name for name in watch if name not in column]:
             raise DataError(f"this timeline has no concept {unknown[0]!r}; it has {len(self.concepts)}, see .concepts")
-        probabilities_TN = self.probabilities_TN
+        probabilities_TN, strongest_T = self.probabilities_TN, self.strongest()
         for t, token in enumerate(self.tokens):
             values = (self.logits_TN[t], probabilities_TN[t], self.percentiles_TN[t])
             yield TokenReading(
@@ -263,6 +281,7 @@ class Timeline:
                 top=self.top(k, position=t),
                 watch=[Reading(name, *(float(row[column[name]]) for row in values)) for name in watch],
                 ms=None if self.ms_per_token is None else float(self.ms_per_token[t]),
+                lead=None if strongest_T[t] < 0 else self.concepts[strongest_T[t]],
             )
 
     def table(self) -> list[dict[str, Any]]:
@@ -298,6 +317,7 @@ class Timeline:
             "is_prompt": self.is_prompt.tolist(),
             "is_special": self.is_special.tolist(),
             "ms_per_token": None if ms is None else [timeline_file.rounded(value) for value in ms],
+            "floor": None if self.floor is None else timeline_file.rounded(self.floor),
             "concepts": list(self.concepts),
         }
         matrices = {"logit": self.logits_TN, "percentile": self.percentiles_TN, "rank": self.rank_TN}
@@ -322,6 +342,7 @@ class Timeline:
                 percentiles_TN=matrices["percentile"],
                 rank_TN=matrices["rank"],
                 ms_per_token=header["ms_per_token"],
+                floor=None if header.get("floor") is None else float(header["floor"]),
                 prompt=str(header["prompt"]),
                 text=str(header["text"]),
                 meta=dict(header["meta"]),

@@ -10,6 +10,7 @@ Source: the dual lens design of HatCat (dynamic hierarchical loading of activati
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from torch import Tensor
 from ftw import paths
 from ftw.cat.divergence import dissonance_rows
 from ftw.errors import ConfigError, FTWError
-from ftw.hat.aperture import ApertureConfig
+from ftw.hat.aperture import Aperture, ApertureConfig
 from ftw.hat.deployment import DeploymentManifest, fingerprint, preset
 from ftw.hat.dynamic import ACTIVATION, TEXT, ApertureBank, LiveLenses, Tick
 from ftw.hat.holder import Holder, ResidentLenses
 from ftw.hat.lineage import Lineage
+from ftw.hat.shelf import Shelf, ShelfConfig
 from ftw.hat.timeline import sigmoid
-from ftw.map.pack import LensPack, load_pack
+from ftw.map.pack import LensPack
+from ftw.map.pack_index import PackIndex
 from ftw.substrate.model import Substrate
 from ftw.substrate.taps import read_states
 
@@ -45,7 +48,8 @@ class DynamicLensManager:
             results = manager.detect_and_expand_dual(hidden_state=hidden_state, token_text=token)
 
     Args:
-        pack: a lens pack or its folder; None: `runs/latest/pack`.
+        pack: a lens pack or its folder; None: `runs/latest/pack`. Of a folder only the index is read at once: text
+            lenses if they are used, weights if no shelf or other holder brings them.
         use_activation_lenses, use_text_lenses: which kinds are read; both for dissonance.
         base_layers: *levels* of the hierarchy that are always read, beside concepts without parents; not layers of the
             substrate. None: the manifest's, else [0].
@@ -53,21 +57,24 @@ class DynamicLensManager:
         load_threshold, unload_threshold: probability at which a parent opens, and below which its family cools. None:
             the manifest's, else 0.3 and 0.1.
         cooldown_ticks: ticks before a cool family closes. None: the manifest's, else 10.
-        max_loaded_lenses: concepts read at once, the base included; 0 for no limit. None: the manifest's, else 0.
+        max_loaded_lenses: concepts read at once, the base included; 0 for no limit. None: the manifest's, else what a
+            shelf holds hot, else 0.
         max_depth, beam: steps down in one tick, parents opened in a step.
         watch: concepts always read, with their descendants.
         manifest: a deployment manifest, its file, or the name of a preset. Arguments given here go before it.
         by: what order and thresholds are about: "probability" or "percentile".
         text_window: pieces of text that the text lenses read together; 1 reads each piece alone.
-        device: of the lenses. holder: what holds them, such as a shelf; None keeps them all in one bank.
+        device: of the lenses. shelf: budgets for lenses that are brought from the folder when they are read; `close`
+            the manager then, or use it in a `with`. holder: what else holds them; None keeps them all in one bank.
 
     Raises:
-        ConfigError: values that cannot be, or text lenses of a pack that has none. ConceptError: an unknown concept.
+        ConfigError: values that cannot be, budgets too small for the concepts that are always read, or text lenses of
+            a pack that has none. ConceptError: an unknown concept. PackError: a damaged pack.
     """
 
     def __init__(
         self,
-        pack: LensPack | Path | str | None = None,
+        pack: LensPack | PackIndex | Path | str | None = None,
         *,
         use_activation_lenses: bool = True,
         use_text_lenses: bool = False,
@@ -84,9 +91,11 @@ class DynamicLensManager:
         by: str = "probability",
         text_window: int = 32,
         device: str | torch.device = "cpu",
+        shelf: ShelfConfig | None = None,
         holder: Holder | None = None,
     ) -> None:
-        self.pack = pack if isinstance(pack, LensPack) else load_pack(pack or paths.runs() / "latest" / "pack")
+        folder = paths.runs() / "latest" / "pack" if pack is None else pack
+        self.pack = PackIndex.open(folder) if isinstance(folder, Path | str) else folder
         if use_text_lenses and self.pack.text is None:
             raise ConfigError(
                 f"pack {self.pack.pack_id!r} has no text lenses; use use_text_lenses=False, or train them"
@@ -102,21 +111,35 @@ class DynamicLensManager:
             "max_loaded": max_loaded_lenses,
         }
         own = {"keep_top_k": keep_top_k, "max_depth": max_depth, "beam": beam, "watch": list(watch)}
-        config = _aperture_config(self.manifest, set(self.pack.levels.values()), given)
-        if use_activation_lenses and holder is None:
-            holder = ResidentLenses(self.pack.bank().to(device))
-        self.lenses = LiveLenses(
+        config = replace(_aperture_config(self.manifest, set(self.pack.levels.values()), given), **own)
+        aperture = Aperture(
             self._lineage,
-            replace(config, **own),
-            activation=holder if use_activation_lenses else None,
-            text=self.pack.text if use_text_lenses else None,
-            by=by,
-            window_tokens=text_window,
+            config,
             admitted=None if self.admission is None else self.admission.admitted,
             required=() if self.admission is None else self.admission.required,
             static=self.manifest is not None and not self.manifest.dynamic_loading.enabled,
         )
+        text = self.pack.text if use_text_lenses else None
+        self._opened = ExitStack()
+        if use_activation_lenses and holder is None:
+            holder = self._resident(device) if shelf is None else self._on_shelf(shelf, aperture)
+        thought = holder if use_activation_lenses else None
+        try:
+            self.lenses = LiveLenses(aperture, activation=thought, text=text, by=by, window_tokens=text_window)
+        except BaseException:
+            self.close()
+            raise
         self._last: Tick | None = None
+
+    def __enter__(self) -> "DynamicLensManager":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of a shelf that was opened here."""
+        self._opened.close()
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -310,6 +333,19 @@ class DynamicLensManager:
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
+    def _resident(self, device: str | torch.device) -> ResidentLenses:
+        return ResidentLenses(self.pack.bank().to(device))
+
+    def _on_shelf(self, config: ShelfConfig, aperture: Aperture) -> Shelf:
+        """The lenses on a shelf where what is always read never leaves the bank."""
+        if not isinstance(self.pack, PackIndex):
+            raise ConfigError("a shelf brings lenses from a folder; give the pack's folder, or leave out shelf")
+        always = self._lineage.names_of(np.flatnonzero(aperture.base_N))
+        shelf = self._opened.enter_context(Shelf(self.pack.cold(), config, always=always))
+        if not aperture.config.max_loaded:  # more would be read in turns, and brought anew at every token
+            aperture.config = replace(aperture.config, max_loaded=shelf.bank.slots.capacity)
+        return shelf
+
     def _tick(self, hidden_state: Tensor | None, token_text: str | None) -> Tick:
         self._last = self.lenses.read(hidden_state, token_text)
         return self._last
@@ -341,7 +377,7 @@ class DynamicLensManager:
 def _manifest(given: DeploymentManifest | Path | str | None) -> DeploymentManifest | None:
     if given is None or isinstance(given, DeploymentManifest):
         return given
-    if isinstance(given, Path) or given.endswith(".json"):
+    if isinstance(given, Path) or given.endswith(".json") or Path(given).is_file():
         return DeploymentManifest.load(given)
     return preset(given)
 

@@ -136,14 +136,7 @@ class LensPack:
         Raises:
             PackError: naming what differs.
         """
-        recipe = self.recipe
-        if recipe.fingerprint != substrate.fingerprint:
-            width = f", width {recipe.width} against {substrate.width}" if recipe.width != substrate.width else ""
-            raise PackError(
-                f"lens pack {self.pack_id!r} was trained on {recipe.substrate!r} (fingerprint "
-                f"{recipe.fingerprint[:12]}), not on {substrate.name!r} ({substrate.fingerprint[:12]}){width}; "
-                "load that substrate, or train a pack for this one"
-            )
+        check_substrate(self.pack_id, self.recipe, substrate)
 
     def save(self, folder: Path | str) -> Path:
         """Write the pack, whole or not at all.
@@ -223,8 +216,8 @@ class LensPack:
                 stack=stack,
                 recipe=recipe,
                 levels={name: level for level, rows in names_of.items() for name in rows},
-                concepts=_read_concepts(folder, info["concept_pack"]),
-                text=_read_text(folder, stack.names),
+                concepts=read_concepts(folder, info["concept_pack"]),
+                text=read_text(folder, stack.names),
                 metrics={name: metrics for rows in names_of.values() for name, metrics in rows.items()},
                 provenance=dict(info["provenance"]),
             )
@@ -276,6 +269,21 @@ class LensPack:
         for name in self.names:
             by_level.setdefault(self.levels.get(name, 0), []).append(name)
         return dict(sorted(by_level.items()))
+
+
+def check_substrate(pack_id: str, recipe: Recipe, substrate: Substrate) -> None:
+    """Refuse another substrate than the one of a recipe.
+
+    Raises:
+        PackError: naming what differs.
+    """
+    if recipe.fingerprint != substrate.fingerprint:
+        width = f", width {recipe.width} against {substrate.width}" if recipe.width != substrate.width else ""
+        raise PackError(
+            f"lens pack {pack_id!r} was trained on {recipe.substrate!r} (fingerprint "
+            f"{recipe.fingerprint[:12]}), not on {substrate.name!r} ({substrate.fingerprint[:12]}){width}; "
+            "load that substrate, or train a pack for this one"
+        )
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -361,7 +369,7 @@ def _read_pooling(folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[s
     )
 
 
-def _read_concepts(folder: Path, listed: Mapping[str, Any] | None) -> ConceptPack | None:
+def read_concepts(folder: Path, listed: Mapping[str, Any] | None) -> ConceptPack | None:
     if listed is None:
         return None
     concepts = ConceptPack.load(folder / "hierarchy")
@@ -372,7 +380,7 @@ def _read_concepts(folder: Path, listed: Mapping[str, Any] | None) -> ConceptPac
     return concepts
 
 
-def _read_text(folder: Path, names: list[str]) -> TextBank | None:
+def read_text(folder: Path, names: list[str]) -> TextBank | None:
     if not (folder / "text.json").is_file():
         return None
     tensors = read_tensors(safe_member(folder, "text.safetensors"))

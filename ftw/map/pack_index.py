@@ -1,4 +1,4 @@
-"""Opening a lens pack without reading it: index files and headers only, the weights when they are asked for.
+"""Opening a lens pack without reading it: index files and headers only, all else when it is asked for.
 
 Whether a file is the one that was packed is known from its hash; a hash that was computed once is remembered under
 `home()` for as long as the file's size, times and inode stay the same. The same holds for the concepts of each level,
@@ -7,68 +7,130 @@ whose index carries all metrics.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftw import paths
-from ftw.errors import PackError
+from ftw.errors import FTWError, PackError
+from ftw.hat.bank import LensBank
 from ftw.hat.cold import ColdLenses
 from ftw.hat.lens import HeadConfig
 from ftw.hat.shelf import Shelf, ShelfConfig
 from ftw.hat.store import is_finite, read_tensors
+from ftw.hat.text import TextBank
+from ftw.map.concept import ConceptPack
 from ftw.map.manifest import NAME, read_json, safe_member, sha256, verify_manifest
-from ftw.map.pack import Recipe, read_info, read_rows
+from ftw.map.pack import Recipe, check_substrate, read_concepts, read_info, read_rows, read_text
+from ftw.substrate.model import Substrate
 
 
 @dataclass(kw_only=True)
 class PackIndex:
-    """What a pack holds, without its weights.
+    """A pack, of which only the index is read: concepts, text lenses and weights come when they are first asked for.
 
     Attributes:
-        folder, pack_id, version, recipe: of the pack. names_of: concepts of each level, in row order.
+        folder, pack_id, version, recipe: of the pack. rows_of: concepts of each level, in row order.
+        chosen: levels that are read.
     """
 
     folder: Path
     pack_id: str
     version: str
     recipe: Recipe
-    names_of: dict[int, list[str]]
+    rows_of: dict[int, list[str]]
+    chosen: list[int]
 
     @classmethod
-    def open(cls, folder: Path | str) -> "PackIndex":
-        """Read the index of a pack, its files verified.
+    def open(cls, folder: Path | str, *, levels: Sequence[int] | None = None) -> "PackIndex":
+        """Read the index of a pack, its files verified; `levels`: of the hierarchy that are read, None for all.
 
         Raises:
-            PackError: the pack is damaged, hostile, or of another version.
+            PackError: the pack is damaged, hostile, of another version, or has no such level.
         """
         folder = Path(folder).absolute()
         known = _verify(folder)
         info = read_info(folder)
-        try:
-            levels = {int(level): int(num) for level, num in info["levels"].items()}
+        with _sound(folder):
+            num_of = {int(level): int(num) for level, num in info["levels"].items()}
             rows = known.get("rows")
             if rows is None:
-                rows = {str(level): list(names) for level, names in read_rows(folder, levels).items()}
+                rows = {str(level): list(names) for level, names in read_rows(folder, num_of).items()}
                 _remember(folder, {**known, "rows": rows})
-            names_of = {level: [str(name) for name in rows[str(level)]] for level in sorted(levels)}
+            rows_of = {level: [str(name) for name in rows[str(level)]] for level in sorted(num_of)}
+            chosen = [level for level in rows_of if levels is None or level in levels]
+            if not chosen:
+                raise PackError(f"pack {info['pack_id']!r} has no levels {levels}; its levels are {sorted(rows_of)}")
             return cls(
                 folder=folder,
                 pack_id=str(info["pack_id"]),
                 version=str(info["version"]),
                 recipe=Recipe.from_json(info["recipe"]),
-                names_of=names_of,
+                rows_of=rows_of,
+                chosen=chosen,
             )
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise PackError(
-                f"pack {folder} contradicts its own index ({type(error).__name__}: {error}); fetch it again"
-            ) from error
 
-    @property
+    @cached_property
     def levels(self) -> dict[str, int]:
         """Level of each concept in its hierarchy."""
-        return {name: level for level, names in self.names_of.items() for name in names}
+        return {name: level for level in self.chosen for name in self.rows_of[level]}
+
+    @property
+    def names(self) -> list[str]:
+        """The concepts that it reads."""
+        return list(self.levels)
+
+    @cached_property
+    def concepts(self) -> ConceptPack | None:
+        """The concept pack; None where the lenses are of labelled data.
+
+        Raises:
+            PackError: it is damaged, or another than the pack names.
+        """
+        with _sound(self.folder):
+            return read_concepts(self.folder, read_info(self.folder)["concept_pack"])
+
+    @cached_property
+    def text(self) -> TextBank | None:
+        """The text lenses, or None; tens to hundreds of megabytes.
+
+        Raises:
+            PackError: they are damaged, or not those of the pack's concepts.
+        """
+        with _sound(self.folder):
+            text = read_text(self.folder, [name for names in self.rows_of.values() for name in names])
+        return text if text is None or len(self.chosen) == len(self.rows_of) else text.subset(self.names)
+
+    def check(self, substrate: Substrate) -> None:
+        """Refuse another substrate than the one the lenses were trained on.
+
+        Raises:
+            PackError: naming what differs.
+        """
+        check_substrate(self.pack_id, self.recipe, substrate)
+
+    def bank(self, *, precision: str = "float32") -> LensBank:
+        """All lenses as one module.
+
+        Raises:
+            PackError: tensors and index disagree, or the disk fails. ConfigError: no such precision.
+        """
+        cold = self.cold()
+        try:
+            bank = cold.bank(len(cold), precision=precision)
+            failed = cold.fill(bank.slots, cold.names, precision=precision)
+        finally:
+            cold.close()
+        if failed:
+            name, why = next(iter(failed.items()))
+            raise PackError(f"pack {self.folder}: {len(failed)} lenses cannot be read, {name!r} first: {why}")
+        bank.refresh()
+        return bank
 
     def cold(self) -> ColdLenses:
         """The lenses, on disk.
@@ -77,18 +139,40 @@ class PackIndex:
             PackError: tensors and index disagree.
         """
         recipe, folder = self.recipe, self.folder
+        calibration = read_tensors(safe_member(folder, "calibration.safetensors"))
+        if len(self.chosen) < len(self.rows_of):
+            is_read = [level in self.chosen for level, names in self.rows_of.items() for _ in names]
+            rows = {name: tensor for name, tensor in calibration.items() if name != "levels"}
+            if any(len(tensor) != len(is_read) for tensor in rows.values()):
+                raise PackError(f"pack {folder}: calibration of another number of lenses; fetch it again")
+            calibration |= {name: tensor[torch.tensor(is_read)] for name, tensor in rows.items()}
         return ColdLenses(
             names_of={
-                safe_member(folder, f"layer{level}/lenses.safetensors"): names for level, names in self.names_of.items()
+                safe_member(folder, f"layer{level}/lenses.safetensors"): self.rows_of[level] for level in self.chosen
             },
             layers=tuple(recipe.layers),
             width=recipe.width,
             head=HeadConfig(family=recipe.family, hidden=recipe.hidden),
-            calibration=read_tensors(safe_member(folder, "calibration.safetensors")),
+            calibration=calibration,
             basis=read_tensors(safe_member(folder, "basis.safetensors")) if recipe.basis_rank else None,
             basis_rank=recipe.basis_rank,
             where=str(folder),
         )
+
+
+@contextmanager
+def _sound(folder: Path) -> Iterator[None]:
+    """Whatever a damaged file makes go wrong is an error of the pack."""
+    try:
+        yield
+    except PackError:
+        raise
+    except FTWError as error:  # of the concept pack inside
+        raise PackError(f"pack {folder}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, OSError) as error:
+        raise PackError(
+            f"pack {folder} contradicts its own index ({type(error).__name__}: {error}); fetch it again"
+        ) from error
 
 
 def open_shelf(folder: Path | str, config: ShelfConfig | None = None, *, always: Sequence[str] = ()) -> Shelf:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ftw.hat.floor import CHANCE
 from ftw.hat.timeline import FLOOR, SURPRISE_LIMIT, Timeline
 from ftw.ui.colours import Colour
 
@@ -57,7 +58,7 @@ def passage(timeline: Timeline, colours: Mapping[str, Colour], top: int = 16, *,
         "num_tokens": int(counted.sum()),
         "num_coloured": sum(won.values()),
         "num_concepts": len(timeline.concepts),
-        "by_chance": 1 - FLOOR ** len(timeline.concepts),
+        "by_chance": CHANCE,
         "ms": None if times is None or not counted.any() else float(np.nanmean(times[counted])),
         "panels": [panel for half in _halves(timeline) for panel in _panels(view, rows, *half)],
         "leaders": list(_leaders(view, rows, np.flatnonzero(counted))),

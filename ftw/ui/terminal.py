@@ -17,11 +17,13 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from ftw.hat.floor import CHANCE
 from ftw.hat.timeline import FLOOR, SURPRISE_LIMIT, Timeline, TokenReading
 from ftw.ui import figures
 from ftw.ui.colours import Colour, concept_colours
 from ftw.ui.figures import Evaluated, Metrics
 
+ARROW = " › "
 SPARKS = " ▁▂▃▄▅▆▇█"
 # Heading, smallest terminal width that has room for the column.
 COLUMNS = (
@@ -129,10 +131,10 @@ def _cells(row: Metrics) -> dict[str, str]:
 
 
 def token_text(readings: Timeline | Iterable[TokenReading], colours: Mapping[str, Colour] | None = None) -> Text:
-    """The text with every token on the colour of its strongest concept; the prompt dim, special tokens left out."""
+    """The text, tokens on the colour of the concept that stands out; the prompt dim, special tokens left out."""
     readings = list(readings.readings(1) if isinstance(readings, Timeline) else readings)
     if colours is None:
-        colours = concept_colours({reading.top[0].concept for reading in readings if reading.top})
+        colours = concept_colours({reading.lead for reading in readings if reading.lead is not None})
     text = Text()
     for reading in readings:
         if not reading.is_special:
@@ -141,22 +143,15 @@ def token_text(readings: Timeline | Iterable[TokenReading], colours: Mapping[str
 
 
 def token_style(reading: TokenReading, colours: Mapping[str, Colour]) -> Style:
-    """How a token is written: on its concept's colour if that reads above the floor, the prompt dim, else plain.
+    """How a token is written: on the colour of the concept that stands out, the prompt dim, else plain.
 
     A token with an alarm is bold and underlined besides.
     """
-    colour = colours.get(concept) if (concept := strongest(reading)) is not None else None
+    colour = None if reading.is_special or reading.lead is None else colours.get(reading.lead)
     mark = True if reading.alarms else None
     if colour is not None:
         return Style(bgcolor=colour.dark, color=colour.dark_ink, dim=None, bold=mark, underline=mark)
     return Style(dim=True if reading.is_prompt else None, bold=mark, underline=mark)
-
-
-def strongest(reading: TokenReading) -> str | None:
-    """The concept that colours a token; None below the floor and for special tokens."""
-    if reading.is_special or not reading.top or not reading.top[0].percentile >= FLOOR:
-        return None
-    return reading.top[0].concept
 
 
 def legend(counts: Mapping[str, int], colours: Mapping[str, Colour]) -> Columns:
@@ -168,13 +163,18 @@ def legend(counts: Mapping[str, int], colours: Mapping[str, Colour]) -> Columns:
     return Columns(chips, padding=(0, 2))
 
 
-def answer_table(timeline: Timeline, top: int = 12, *, width: int = 100) -> Table:
+def answer_table(
+    timeline: Timeline, top: int = 12, *, width: int = 100, paths: Mapping[str, Sequence[str]] | None = None
+) -> Table:
     """The leading concepts over the answer: tokens above the floor, highest probability, where, and the whole course.
 
     Args:
         width: columns of the terminal; the token of the peak and the sparkline go first when it is narrow.
+        paths: concept -> root … concept; shown as far as there is room.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    spark_width = max(8, min(24, width - 64) if paths else min(40, width - 56))
+    room = width - sum(size for least, size in ((0, 16), (60, 16), (76, spark_width + 2)) if width >= least)
     table.add_column("concept", overflow="fold", min_width=10)
     for name in (f"≥ {figures.percent(FLOOR, 0)}", "peak"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -186,15 +186,29 @@ def answer_table(timeline: Timeline, top: int = 12, *, width: int = 100) -> Tabl
     probabilities_TN, surprise_TN = timeline.probabilities_TN[counted], timeline.surprise_TN[counted]
     for n in timeline.leading(top):
         peak = int(np.nan_to_num(surprise_TN[:, n], nan=-1.0).argmax())
+        name = timeline.concepts[n]
         cells = [
-            printable(timeline.concepts[n]),
+            short_path((paths or {}).get(name) or [name], room),
             str(int((timeline.percentiles_TN[counted, n] >= FLOOR).sum())),
             f"{probabilities_TN[peak, n]:.2f}",
             repr(printable(timeline.tokens[counted[peak]].strip(" ")))[1:-1],
-            sparkline(surprise_TN[:, n], max(8, min(40, width - 56))),
+            sparkline(surprise_TN[:, n], spark_width),
         ]
-        table.add_row(*(Text(cell) for cell in cells[: len(table.columns)]))
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells[: len(table.columns)]))
     return table
+
+
+def short_path(path: Sequence[str], width: int) -> Text:
+    """A concept behind those above it, as many as have room, the root and the nearest first."""
+    steps = [printable(step) for step in path]
+    shown = steps
+    for num_left_out in range(1, len(steps)):
+        if cell_len(ARROW.join(shown)) <= width:
+            break
+        # The middle of the path says least: then the root goes, then the parents.
+        shown = [steps[0], "…", *steps[num_left_out + 1 :]] if num_left_out < len(steps) - 1 else steps[-1:]
+    above = "".join(step + ARROW for step in shown[:-1])
+    return Text.assemble((above, "dim"), shown[-1])
 
 
 def sparkline(surprise_T: np.ndarray, width: int = 32) -> str:
@@ -214,9 +228,16 @@ class LiveTokens:
             live.finish(timeline)
     """
 
-    def __init__(self, *, colours: Mapping[str, Colour], console: Console | None = None, width: int = 100) -> None:
+    def __init__(
+        self,
+        *,
+        colours: Mapping[str, Colour],
+        paths: Mapping[str, Sequence[str]] | None = None,
+        console: Console | None = None,
+        width: int = 100,
+    ) -> None:
         self.console = console or Console()
-        self.colours = colours
+        self.colours, self._paths = colours, paths
         self.readings: list[TokenReading] = []
         self._width = min(width, self.console.width)
         self._column = 0
@@ -247,19 +268,27 @@ class LiveTokens:
         """
         self._break_line()
         self._break_line(blank=True)
-        answer = [reading for reading in self.readings if not reading.is_prompt and not reading.is_special]
-        won = Counter(concept for reading in answer if (concept := strongest(reading)) is not None)
+        content = [reading for reading in self.readings if not reading.is_special]
+        answer = [reading for reading in content if not reading.is_prompt] or content
+        won = Counter(reading.lead for reading in answer if reading.lead is not None)
         if won:
             self.console.print(legend(dict(won.most_common(24)), self.colours))
-        elif answer:
-            self.console.print(Text(f"no concept read above {figures.percent(FLOOR, 0)} of background", style="dim"))
+        if answer:
+            self.console.print(Text(self._rule(sum(won.values()), len(answer), timeline), style="dim"))
         if timeline is not None:
-            self.console.print(answer_table(timeline, top, width=self.console.width))
+            self.console.print(answer_table(timeline, top, width=self.console.width, paths=self._paths))
         times = [reading.ms for reading in answer if reading.ms is not None]
         parts = [f"{len(answer)} tokens"]
         if times:
             parts.append(f"{np.mean(times):.1f} ms a token")
         self.console.print(Text(" · ".join([*parts, *([note] if note else [])]), style="dim"))
+
+    @staticmethod
+    def _rule(num_coloured: int, num_tokens: int, timeline: Timeline | None) -> str:
+        """What a colour means."""
+        lenses = "the lenses" if timeline is None else f"{len(timeline.concepts):,} lenses"
+        chance = f"chance gives at most {figures.percent(CHANCE, 0)} of background tokens one"
+        return f"{num_coloured} of {num_tokens} tokens have a concept that stands out among {lenses}; {chance}"
 
     def _write(self, text: str, style: Style) -> None:
         """Print a piece, breaking the line before a word that has no room (a terminal would break inside it)."""

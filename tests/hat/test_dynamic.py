@@ -6,7 +6,7 @@ import torch
 from random_lenses import random_stack
 
 from ftw.errors import ConfigError, SubstrateError
-from ftw.hat.aperture import ApertureConfig
+from ftw.hat.aperture import Aperture, ApertureConfig
 from ftw.hat.bank import LensBank
 from ftw.hat.dynamic import LiveLenses
 from ftw.hat.holder import ResidentLenses
@@ -40,7 +40,8 @@ def text_bank(names: list[str] | None = None) -> TextBank:
 def live(bank: LensBank | None = None, text: TextBank | None = None, **options: object) -> LiveLenses:
     known = {name: options.pop(name) for name in ("by", "window_tokens", "holder") if name in options}
     holder = known.pop("holder", None) or (None if bank is None else ResidentLenses(bank))
-    return LiveLenses(LINEAGE, ApertureConfig(max_loaded=0, **options), activation=holder, text=text, **known)  # type: ignore[arg-type]
+    aperture = Aperture(LINEAGE, ApertureConfig(max_loaded=0, **options))  # type: ignore[arg-type]
+    return LiveLenses(aperture, activation=holder, text=text, **known)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

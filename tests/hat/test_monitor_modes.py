@@ -10,7 +10,7 @@ from random_lenses import random_stack
 
 from ftw.cat.divergence import dissonance
 from ftw.errors import ConceptError, ConfigError
-from ftw.hat.aperture import ApertureConfig
+from ftw.hat.aperture import Aperture, ApertureConfig
 from ftw.hat.bank import LensBank
 from ftw.hat.dynamic import ApertureBank, LiveLenses
 from ftw.hat.holder import ResidentLenses
@@ -240,7 +240,8 @@ def test_text_lenses_are_compared_by_their_own_background():
 def behind_aperture(bank: LensBank, **options: Any) -> ApertureBank:
     above = {name: ["concept0"] if name in ("concept4", "concept2") else [] for name in NAMES}
     lineage = Lineage(NAMES, {name: len(up) for name, up in above.items()}, Tree(above))
-    return ApertureBank(LiveLenses(lineage, ApertureConfig(**options), activation=ResidentLenses(bank), text=None))
+    aperture = Aperture(lineage, ApertureConfig(**options))
+    return ApertureBank(LiveLenses(aperture, activation=ResidentLenses(bank), text=None))
 
 
 def test_a_monitor_reads_through_an_aperture_as_through_the_bank(tiny_substrate: Substrate, bank: LensBank):

@@ -279,7 +279,7 @@ def test_a_damaged_pack_is_refused_and_a_damaged_cache_made_anew(damage: str, tm
     else:
         [cache] = (own_home / "verified").iterdir()
         cache.write_text('{"schema": 1, "files": [1]}')
-        assert PackIndex.open(folder).names_of[1] == ["concept9", "concept10", "concept11"]
+        assert PackIndex.open(folder).rows_of[1] == ["concept9", "concept10", "concept11"]
         return
     with pytest.raises(PackError, match="layer1"):
         PackIndex.open(folder)

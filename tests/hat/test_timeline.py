@@ -43,7 +43,10 @@ def timeline() -> Timeline:
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet"])
 def test_save_then_load_is_equal_to_rounding(timeline: Timeline, tmp_path: Path, suffix: str) -> None:
+    timeline = replace(timeline, floor=5.0)
     again = Timeline.load(timeline.save(tmp_path / f"timeline{suffix}"))
+    assert again.floor == 5.0
+    np.testing.assert_array_equal(again.strongest(), timeline.strongest())
     for name in ("tokens", "concepts", "prompt", "text"):
         assert getattr(again, name) == getattr(timeline, name)
     for name in ("token_ids", "is_prompt", "is_special"):
@@ -102,7 +105,16 @@ def test_strongest_leaves_out_special_tokens_and_weak_ones(timeline: Timeline) -
     expected = np.full(12, -1)
     expected[7], expected[10] = 1, 3
     np.testing.assert_array_equal(timeline.strongest(), expected)
-    assert (timeline.strongest(floor=1.1) == -1).all()
+    assert (replace(timeline, floor=6.1).strongest() == -1).all()
+    assert (replace(timeline, floor=6.0).strongest() == np.where(np.arange(12) == 10, 3, -1)).all()
+
+
+def test_without_a_floor_only_what_chance_hardly_gives_stands_out(timeline: Timeline) -> None:
+    percentiles_TN = np.full((12, 500), 0.5, dtype=np.float32)
+    percentiles_TN[6], percentiles_TN[7, 3] = 0.9995, 1.0
+    many = {"logits_TN": percentiles_TN, "percentiles_TN": percentiles_TN, "rank_TN": None}
+    wide = replace(timeline, concepts=[f"c{n}" for n in range(500)], **many)
+    assert np.flatnonzero(wide.strongest() >= 0).tolist() == [7]
 
 
 def test_readings_replay_what_the_arrays_hold(timeline: Timeline) -> None:
@@ -126,9 +138,9 @@ def test_a_text_without_an_answer_counts_all_its_content(timeline: Timeline) -> 
 def test_a_concept_never_read_is_never_on_top(timeline: Timeline) -> None:
     logits_TN, percentiles_TN = timeline.logits_TN.copy(), timeline.percentiles_TN.copy()
     logits_TN[:, 1] = percentiles_TN[:, 1] = np.nan
-    gap = replace(timeline, logits_TN=logits_TN, percentiles_TN=percentiles_TN)
+    gap = replace(timeline, logits_TN=logits_TN, percentiles_TN=percentiles_TN, rank_TN=logits_TN)
     assert "whale" not in [reading.concept for reading in gap.top(9)]
-    assert 1 not in gap.strongest(floor=0)
+    assert 1 not in replace(gap, floor=-99.0).strongest()
     assert 1 not in gap.leading(9)
 
 

@@ -1,5 +1,7 @@
 """The dual-lens interface works as its design writes it, and every number in it is that of one bank or the other."""
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ from random_lenses import random_stack
 
 from ftw.errors import ConceptError, ConfigError, FTWError, PackError, SubstrateError
 from ftw.hat.deployment import DeploymentManifest, fingerprint
+from ftw.hat.monitor import Monitor
 from ftw.hat.shelf import ShelfConfig
 from ftw.hat.text import TextBank, TextLens
+from ftw.hat.timeline import Timeline, TokenReading
 from ftw.map.concept import Concept, ConceptPack
 from ftw.map.dynamic import DynamicLensManager
-from ftw.map.pack import LensPack, Recipe
+from ftw.map.pack import LensPack, Recipe, load_pack
 from ftw.map.pack_index import PackIndex, open_shelf
 from ftw.substrate.model import Substrate
 
@@ -27,7 +31,7 @@ PARENTS: dict[str, list[str]] = {
     "Cat": ["Animal"],
 }
 LEVEL = {"Living": 0, "Made": 0, "Animal": 1, "Plant": 1, "Tool": 1, "Cat": 2}
-WIDE = {"load_threshold": 0.0, "unload_threshold": 0.0}
+WIDE: dict[str, Any] = {"load_threshold": 0.0, "unload_threshold": 0.0}
 
 
 def text_bank(names: list[str]) -> TextBank:
@@ -41,8 +45,10 @@ def text_bank(names: list[str]) -> TextBank:
     )
 
 
-def make_pack(substrate: Substrate, *, layers: tuple[int, ...] = (1, 2), text: list[str] | None = None) -> LensPack:
-    stack = random_stack(layers=layers)
+def make_pack(
+    substrate: Substrate, *, layers: tuple[int, ...] = (1, 2), text: list[str] | None = None, hidden: int = 0
+) -> LensPack:
+    stack = random_stack(layers=layers, hidden=hidden)
     stack.names = list(PARENTS)
     concepts = ConceptPack.of(
         "toy", "1.0.0", [Concept(name=name, level=LEVEL[name], parents=up) for name, up in PARENTS.items()], {}
@@ -54,6 +60,8 @@ def make_pack(substrate: Substrate, *, layers: tuple[int, ...] = (1, 2), text: l
         dtype="float32",
         precision="float32",
         layers=list(layers),
+        family="mlp" if hidden else "linear",
+        hidden=hidden,
     )
     return LensPack(
         pack_id="toy",
@@ -262,3 +270,84 @@ def test_on_a_shelf_with_room_for_half_the_readings_are_the_same(pack: LensPack,
             assert resident.get_loaded_fingerprint() == loaded.get_loaded_fingerprint()
         assert loaded.statistics["holder"]["cold_loads"] > 0
         assert loaded.statistics["errors"] == 0
+
+
+def test_from_a_folder_nothing_is_read_that_is_not_asked_for(pack: LensPack, tmp_path: Path):
+    index = PackIndex.open(pack.save(tmp_path / "pack"))
+    expected, _ = dual(pack).detect_and_expand_text("feline")
+    for shard in (tmp_path / "pack").glob("layer*/lenses.safetensors"):
+        shard.unlink()
+    writes = DynamicLensManager(index, use_activation_lenses=False, use_text_lenses=True, base_layers=[0])
+    assert writes.detect_and_expand_text("feline")[0] == expected
+    assert writes.get_concept_path("Cat") == ["Living", "Animal", "Cat"]
+    assert writes.statistics["holder"] == {}
+
+
+def test_a_shelf_of_its_own_holds_what_the_budget_says_and_is_let_go(pack: LensPack, tmp_path: Path):
+    folder = pack.save(tmp_path / "pack")
+    row_mb = PackIndex.open(folder).cold().bank(1).slots.row_bytes / 2**20
+    with DynamicLensManager(folder, base_layers=[0], shelf=ShelfConfig(hot_mb=4.5 * row_mb)) as manager:
+        resident = DynamicLensManager(pack, base_layers=[0], max_loaded_lenses=4)
+        for seed in range(6):
+            one, other = (each.detect_and_expand(state(seed))[0] for each in (manager, resident))
+            assert dict(row[:2] for row in one) == pytest.approx(dict(row[:2] for row in other), abs=1e-5)
+        held = manager.statistics["holder"]
+        assert held["hot"] <= 4
+        assert held["hot_bytes"] <= 4.5 * row_mb * 2**20
+    with pytest.raises(ConfigError, match=r"smallest workable budget is hot_mb=(\S+) \(3 lenses\)") as refused:
+        DynamicLensManager(folder, base_layers=[0], shelf=ShelfConfig(hot_mb=row_mb))
+    least = float(str(refused.value).split("hot_mb=")[-1].split(" ")[0])
+    DynamicLensManager(folder, base_layers=[0], shelf=ShelfConfig(hot_mb=least)).close()
+    with pytest.raises(ConfigError, match="give the pack's folder"):
+        DynamicLensManager(pack, shelf=ShelfConfig())
+    with pytest.raises(ConfigError, match="by='rank'"):
+        DynamicLensManager(folder, shelf=ShelfConfig(), by="rank")
+    assert not [thread for thread in threading.enumerate() if thread.name == "ftw-shelf"]
+
+
+def test_a_file_cut_while_the_model_writes_costs_readings_and_not_the_answer(tmp_path: Path, tiny_substrate: Substrate):
+    pack = make_pack(tiny_substrate, hidden=64)  # wide enough not to be kept in memory from the start
+    folder, tokens = pack.save(tmp_path / "pack"), list[int]()
+    row_mb = PackIndex.open(folder).cold().bank(1).slots.row_bytes / 2**20
+
+    def cut(_: int, reading: TokenReading) -> None:
+        tokens.append(reading.token_id)
+        if len(tokens) == 6:
+            for shard in folder.glob("layer[12]/lenses.safetensors"):
+                os.truncate(shard, 200)
+
+    options = {"max_new_tokens": 24, "do_sample": True, "seed": 0}
+    budget = ShelfConfig(hot_mb=3.5 * row_mb, prefetch=False)
+    # More lenses than fit: they are read in turns, from disk at every token.
+    with DynamicLensManager(folder, base_layers=[0], max_loaded_lenses=6, shelf=budget, **WIDE) as manager:
+        timeline = Monitor(tiny_substrate, manager.bank).generate("Hello", on_token=cut, **options)
+        statistics = manager.statistics
+    expected = Monitor(tiny_substrate, pack.bank()).generate("Hello", **options)
+    assert isinstance(timeline, Timeline)
+    assert isinstance(expected, Timeline)
+    assert timeline.token_ids.tolist() == expected.token_ids.tolist()
+    there_TN = ~np.isnan(timeline.logits_TN)
+    assert there_TN[:3].all()
+    assert there_TN[-1].any()
+    assert not there_TN[-1].all()
+    np.testing.assert_allclose(timeline.logits_TN[there_TN], expected.logits_TN[there_TN], atol=1e-5)
+    assert statistics["holder"]["failed"] == (~there_TN[-1]).sum()
+    assert statistics["missing_lenses"] == (~there_TN).sum()
+
+
+@pytest.mark.parametrize("levels", [None, [1], [0, 2]])
+def test_an_index_gives_what_the_whole_pack_gives(pack: LensPack, tmp_path: Path, levels: list[int] | None):
+    whole = load_pack(pack.save(tmp_path / "pack"), levels=levels)
+    index = PackIndex.open(tmp_path / "pack", levels=levels)
+    assert (index.names, index.levels) == (whole.names, whole.levels)
+    assert index.text is not None
+    assert whole.text is not None
+    assert torch.equal(index.text.score(["the cat"]), whole.text.score(["the cat"]))
+    for state_BLD in (state(0), state(1)):
+        logits = index.bank()(state_BLD)
+        assert torch.equal(logits, whole.bank()(state_BLD))
+        assert torch.equal(index.bank().percentile(logits), whole.bank().percentile(logits))
+    assert index.concepts is not None
+    assert index.concepts.path("Cat") == ["Living", "Animal", "Cat"]
+    with pytest.raises(PackError, match=r"its levels are \[0, 1, 2\]"):
+        PackIndex.open(tmp_path / "pack", levels=[7])

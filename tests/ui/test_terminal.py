@@ -12,7 +12,15 @@ from rich.console import Console
 from ftw.hat.timeline import Timeline
 from ftw.ui.colours import concept_colours
 from ftw.ui.steps import steps
-from ftw.ui.terminal import LiveTokens, answer_table, evaluation_table, legend, sparkline, token_text
+from ftw.ui.terminal import (
+    LiveTokens,
+    answer_table,
+    evaluation_table,
+    legend,
+    short_path,
+    sparkline,
+    token_text,
+)
 
 
 def printed(*renderables: Any, width: int = 120, **options: Any) -> str:
@@ -49,6 +57,25 @@ def test_no_line_is_wider_than_the_terminal(evaluation: Any, timeline: Timeline,
     text = printed(evaluation_table(evaluation), answer_table(timeline, width=width), width=width)
     assert max(len(line) for line in text.splitlines()) <= width
     assert "AUROC" in text
+
+
+def test_a_path_is_shown_as_far_as_there_is_room() -> None:
+    path = ["Living", "Animal", "Mammal", "Whale"]
+    shown = {width: short_path(path, width).plain for width in (60, 29, 20, 9, 1)}
+    assert shown[60] == "Living › Animal › Mammal › Whale"
+    assert shown[29] == "Living › … › Mammal › Whale"
+    assert shown[20] == "Living › … › Whale"
+    assert shown[9] == shown[1] == "Whale"
+    assert short_path(["Whale"], 3).plain == "Whale"
+
+
+@pytest.mark.parametrize("width", [24, 60, 80, 100, 140])
+def test_paths_do_not_break_the_table(timeline: Timeline, width: int) -> None:
+    paths = {"whale": ["LivingThings", "Organism", "Animal", "Mammal", "AquaticMammal", "whale"]}
+    lines = printed(answer_table(timeline, width=width, paths=paths), width=width).splitlines()
+    assert max(len(line) for line in lines) <= width
+    assert sum("whale" in line for line in lines) == 1
+    assert any("AquaticMammal › whale" in line for line in lines) == (width >= 100)
 
 
 def test_without_a_terminal_there_are_no_control_codes(evaluation: Any, timeline: Timeline) -> None:
