@@ -45,6 +45,7 @@ PATH_KEYS = (
     "substrate.path",
     "encyclopedia",
     "plot",
+    "manifest",
 )
 # Hydra's options; the second group takes a value.
 OPTIONS = (

@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
 
 from ftw.bench.measure import BenchConfig
 from ftw.cat.narrative import NarrativeConfig
 from ftw.map.concept_source import ConceptsConfig
+from ftw.map.live import DynamicConfig, ResidentConfig
 from ftw.substrate.model import SubstrateConfig
 
 BENCHES = ("bank", "shelf", "text", "monitor", "train", "load")
+# Which lenses a monitor reads: the names in conf/hat/aperture, with their schemas.
+APERTURES = {"all": ResidentConfig, "dynamic": DynamicConfig}
 
 
 @dataclass(kw_only=True)
@@ -63,6 +67,13 @@ class ConceptsJob:
 
 
 @dataclass(kw_only=True)
+class MonitorHat:
+    """What a monitor reads with: `aperture` is one of `APERTURES`."""
+
+    aperture: Any = MISSING
+
+
+@dataclass(kw_only=True)
 class MonitorJob:
     """`ftw monitor`.
 
@@ -74,7 +85,7 @@ class MonitorJob:
         watch: concepts read at every token; they and all below them alarm above the percentile `alarm` (0.99 if null).
         text_window: pieces of text that the text lenses read together.
         levels: of the hierarchy that are read; null for all.
-        precision: of the lenses' weights: auto (float16 where it can hold them), float32, float16, bfloat16 or int8.
+        hat: which lenses are read at each token. manifest: a deployment's rules, a file or the name of a preset.
     """
 
     pack: str = "runs/latest/pack"
@@ -91,7 +102,8 @@ class MonitorJob:
     stride: int = 5
     threshold: float = 0.5
     levels: list[int] | None = None
-    precision: str = "auto"
+    hat: MonitorHat = field(default_factory=MonitorHat)
+    manifest: str | None = None
     json: bool = False
     save: str | None = None
     seed: int = 0
@@ -120,5 +132,6 @@ def register(verb: str, job: type, data: Mapping[str, type]) -> None:
     """Tell Hydra the schema of a verb's job and of the kinds of data it takes."""
     store = ConfigStore.instance()
     store.store(name=f"{verb}_schema", node=job)
-    for name, kind in data.items():
-        store.store(group="data", name=f"{name}_schema", node=kind)
+    for group, kinds in (("data", data), ("hat/aperture", APERTURES)):
+        for name, kind in kinds.items():
+            store.store(group=group, name=f"{name}_schema", node=kind)

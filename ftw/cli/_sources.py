@@ -9,6 +9,7 @@ from ftw.map.concept import ConceptPack
 from ftw.map.concept_source import ConceptsConfig, load_concepts
 from ftw.map.labelled import find_files
 from ftw.map.pack import LensPack, load_pack
+from ftw.map.pack_index import PackIndex
 from ftw.substrate.model import Substrate, SubstrateConfig
 from ftw.substrate.sources import Fetched, fetch, hash_file
 
@@ -21,9 +22,22 @@ def lens_pack(folder: str, *, levels: list[int] | None = None) -> LensPack:
     Raises:
         PackError: there is none (the message says how to make one), or it is damaged.
     """
+    return load_pack(_pack_folder(folder), levels=levels)
+
+
+def pack_index(folder: str, *, levels: list[int] | None = None) -> PackIndex:
+    """The pack in a folder, of which only the index is read.
+
+    Raises:
+        PackError: as of `lens_pack`.
+    """
+    return PackIndex.open(_pack_folder(folder), levels=levels)
+
+
+def _pack_folder(folder: str) -> str:
     if not Path(folder).is_dir():
         raise PackError(f"no lens pack at {folder}; make one with `ftw train` or `ftw demo`, or name one: pack=FOLDER")
-    return load_pack(folder, levels=levels)
+    return folder
 
 
 @dataclass

@@ -6,9 +6,10 @@ from ftw import paths
 from ftw.cli import _run
 from ftw.cli._schema_train import DATA, DemoJob
 from ftw.cli._verb import verb
-from ftw.cli.monitor import answer, pack_colours
+from ftw.cli.monitor import Live, answer, concept_paths
 from ftw.cli.train import leave_results, train_run
 from ftw.hat.monitor import Monitor
+from ftw.ui.colours import concept_colours
 from ftw.ui.steps import steps
 from ftw.ui.terminal import overview
 
@@ -22,7 +23,9 @@ def demo(job: DemoJob) -> None:
     with run_steps.step("Answer a prompt, lenses live"):
         meta = {"pack": trained.pack.pack_id, "pack_version": trained.pack.version}
         reader = Monitor(trained.substrate, trained.pack.bank(), top_k=job.top_k, meta=meta)
-        timeline = answer(reader, job.prompt, job.generation, job.seed, pack_colours(trained.pack), run_steps.console)
+        live = Live(reader=reader, paths=concept_paths(trained.pack))
+        colours = concept_colours(trained.pack.names, live.paths)
+        timeline = answer(live, job.prompt, job.generation, job.seed, colours, run_steps.console)
         timeline.save(trained.folder / "timeline.json")
     leave_results(job, trained, run_steps, title="FTW demo", timeline=timeline)
     run_steps.console.print(run_steps.table())

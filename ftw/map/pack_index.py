@@ -114,16 +114,16 @@ class PackIndex:
         """
         check_substrate(self.pack_id, self.recipe, substrate)
 
-    def bank(self, *, precision: str = "float32") -> LensBank:
+    def bank(self) -> LensBank:
         """All lenses as one module.
 
         Raises:
-            PackError: tensors and index disagree, or the disk fails. ConfigError: no such precision.
+            PackError: tensors and index disagree, the disk fails, or the lenses read sequences.
         """
         cold = self.cold()
         try:
-            bank = cold.bank(len(cold), precision=precision)
-            failed = cold.fill(bank.slots, cold.names, precision=precision)
+            bank = cold.bank(len(cold))
+            failed = cold.fill(bank.slots, cold.names, precision="float32")
         finally:
             cold.close()
         if failed:
@@ -136,9 +136,12 @@ class PackIndex:
         """The lenses, on disk.
 
         Raises:
-            PackError: tensors and index disagree.
+            PackError: tensors and index disagree, or the lenses read sequences.
         """
         recipe, folder = self.recipe, self.folder
+        head = HeadConfig(family=recipe.family, hidden=recipe.hidden)
+        if head.reads_sequences:
+            raise PackError("these lenses read sequences, not single states; read windows: ftw monitor mode=timeline")
         calibration = read_tensors(safe_member(folder, "calibration.safetensors"))
         if len(self.chosen) < len(self.rows_of):
             is_read = [level in self.chosen for level, names in self.rows_of.items() for _ in names]
@@ -152,7 +155,7 @@ class PackIndex:
             },
             layers=tuple(recipe.layers),
             width=recipe.width,
-            head=HeadConfig(family=recipe.family, hidden=recipe.hidden),
+            head=head,
             calibration=calibration,
             basis=read_tensors(safe_member(folder, "basis.safetensors")) if recipe.basis_rank else None,
             basis_rank=recipe.basis_rank,

@@ -113,7 +113,7 @@ def test_any_prompt_reaches_the_job_letter_by_letter(prompt: str):
     (override,) = OverridesParser.create().parse_overrides(readable("monitor", [f"prompt={prompt}"]))
     config = OmegaConf.structured(MonitorJob)
     OmegaConf.update(config, "prompt", override.value())
-    assert OmegaConf.to_object(config).prompt == prompt
+    assert OmegaConf.to_container(config, resolve=True)["prompt"] == prompt
 
 
 @pytest.mark.parametrize("value", ["'a, b'", '"a, b"'])

@@ -136,6 +136,48 @@ def test_monitor_reads_a_given_text(toy: ToyRun, capsys: pytest.CaptureFixture[s
     assert "".join(line["token"] for line in lines if not line["is_special"]) == "The whale, the sea."
 
 
+def test_monitor_reads_through_an_aperture_and_tells_what_the_shelf_did(
+    toy: ToyRun, capsys: pytest.CaptureFixture[str]
+):
+    words = [*toy.substrate, "prompt=Hello", "generation.max_new_tokens=4"]
+    run_verb("monitor", *words, "--json")
+    plain = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    run_verb("monitor", *words, "--json", "hat/aperture=dynamic", "hat.aperture.shelf.hot_mb=1")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["token_id"] for line in lines] == [line["token_id"] for line in plain]
+    assert lines[-1]["top"] == plain[-1]["top"]
+    assert all(row["path"][-1] == row["concept"] for line in lines for row in line["top"])
+    assert set(lines[-1]["lenses"]) == {"read", "hits", "misses", "loads", "stalls", "failed", "missing"}
+    hits = [line["lenses"]["hits"] for line in lines]
+    assert hits == sorted(hits)
+    run_verb("monitor", *words, "hat/aperture=dynamic", "watch=[car]", "save=answer.json")
+    out = capsys.readouterr().out
+    assert re.search(r"2 read at the end · \d+ hits", " ".join(out.split()))
+    assert Timeline.load(toy.folder / "answer.json").meta["lenses"]["read"] == 2
+
+
+def test_monitor_keeps_to_a_deployment_manifest(toy: ToyRun, capsys: pytest.CaptureFixture[str]):
+    manifest = {"manifest_id": "no-cars", "explicit_concepts": {"always_exclude": ["car", "tank"]}}
+    (toy.folder / "rules, 1.json").write_text(json.dumps(manifest))
+    words = [*toy.substrate, "text=The whale, the car.", "manifest=rules, 1.json", "mode=dual"]
+    run_verb("monitor", *words, "--json")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["concept"] for line in lines for row in [*line["top"], *line["text"]]} == {"whale"}
+    run_verb("monitor", *words)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the manifest admits 1 of 2 concepts; 1 of its names have no lens here: tank" in out
+    for wrong, message in (
+        (["mode=text"], "reads no activation lenses"),
+        (["manifest=chat"], "no deployment preset"),
+        (["hat/aperture=dynamic", "hat.aperture.shelf.hot_mb=0.0001"], "smallest workable budget is hot_mb="),
+        (["hat/aperture=dynamic", "watch=[whales]"], "nearest: whale"),
+        (["hat.aperture.base_levels=[0]"], "The keys of hat.aperture are: precision"),
+    ):
+        with pytest.raises(SystemExit):
+            run_verb("monitor", *words, *wrong)
+        assert message in capsys.readouterr().err
+
+
 def test_demo_adds_a_live_reading_to_a_training(toy: ToyRun, capsys: pytest.CaptureFixture[str]):
     run_verb("demo", *toy.training, "debug=fast", "prompt=Tell me, please: why?", "generation.max_new_tokens=5")
     assert toy.latest.name.endswith("-demo")
