@@ -33,9 +33,13 @@ def timeline(job: TimelineJob) -> None:
         raise ConfigError(f"formats: no format {unknown[0]!r}; choose among {', '.join(FORMATS)}")
     config = NarrativeConfig(**vars(job.story))
     console = Console()
-    told = [(Path(file).stem, *_tell(Path(file), config)) for file in job.files]
-    if len(told) == 2 and told[0][0] == told[1][0]:
-        told = [(file, *rest) for file, (_, *rest) in zip(job.files, told, strict=True)]
+    names = [Path(file).stem for file in job.files]
+    if len(set(names)) < len(names):
+        names = list(job.files)
+    told: list[tuple[str, WindowSeries, Narrative]] = []
+    for name, file in zip(names, job.files, strict=True):
+        series, story = _tell(Path(file), config)
+        told.append((name, series, story))
     for name, series, story in told:
         _print(console, name, series, story, job.json)
     if len(told) == 2 and not job.json:

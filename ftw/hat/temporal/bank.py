@@ -79,6 +79,14 @@ class SequenceBank(nn.Module):
         """What lenses are compared by (see `LensBank.rank`)."""
         return self.lenses.rank(logits_BN)
 
+    def background(self) -> tuple[Tensor, Tensor]:
+        """Quantiles of background windows (see `LensBank.background`)."""
+        return self.lenses.background()
+
+    def logits_at(self, rank: float, /) -> Tensor:
+        """Logit of each lens at a rank (see `LensBank.logits_at`)."""
+        return self.lenses.logits_at(rank)
+
     def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor:
         """Share of background windows that a logit exceeds."""
         return self.lenses.percentile(logits_BN, lenses)
@@ -166,6 +174,7 @@ class PooledTokens:
         self.bank, self.pool = bank, pool
         self.names, self.layers, self.width, self.calibrated = bank.names, bank.layers, bank.width, bank.calibrated
         self.rows_of, self.rank, self.percentile = bank.rows_of, bank.rank, bank.percentile
+        self.background, self.logits_at = bank.background, bank.logits_at
 
     def __len__(self) -> int:
         return len(self.bank)
