@@ -1,6 +1,7 @@
 """Claims about shares of tokens: they add up where they should, and pieces give the text back."""
 
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ TEXTS = ["The whale sings.", "ab", "Zum Frühstück gibt es Äpfel und 🍎 für
 LAYERS = (1, 3)
 
 
-def filled(head: Head, generator: torch.Generator) -> Head:
+HeadT = TypeVar("HeadT", bound=Head)
+
+
+def filled(head: HeadT, generator: torch.Generator) -> HeadT:
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
