@@ -24,7 +24,7 @@ from ftw.bench.synthetic import (
     made_up_pack,
     states,
 )
-from ftw.hat.aperture import ApertureConfig
+from ftw.hat.aperture import Aperture, ApertureConfig
 from ftw.hat.dynamic import LiveLenses
 from ftw.hat.shelf import MB, Shelf, ShelfConfig
 from ftw.map.pack import load_pack
@@ -102,9 +102,8 @@ def _single_files(shelf: Shelf, folder: Path) -> list[Path]:
 def _expanding(watch: Stopwatch, folder: Path) -> Row:
     """Tokens through an aperture over a shelf that is empty at first, against reading all lenses at every token."""
     with open_shelf(folder, ShelfConfig(hot_mb=BUDGET_MB, device=str(watch.device))) as shelf:
-        lenses = LiveLenses(
-            made_up_lineage(shelf.names), ApertureConfig(load_threshold=0.8, max_depth=5), activation=shelf, text=None
-        )
+        aperture = Aperture(made_up_lineage(shelf.names), ApertureConfig(load_threshold=0.8, max_depth=5))
+        lenses = LiveLenses(aperture, activation=shelf, text=None)
         drifting = states(watch.size(TOKENS, 20), layers=len(shelf.layers), width=shelf.width).split(1)
         ms_T = np.array([watch.once(lambda state=state: lenses.read(state)) for state in drifting])[FIRST_TOKENS:]
         counted = shelf.statistics()

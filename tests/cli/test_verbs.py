@@ -139,8 +139,8 @@ def test_monitor_reads_a_given_text(toy: ToyRun, capsys: pytest.CaptureFixture[s
 def test_monitor_reads_through_an_aperture_and_tells_what_the_shelf_did(
     toy: ToyRun, capsys: pytest.CaptureFixture[str]
 ):
-    words = [*toy.substrate, "prompt=Hello", "generation.max_new_tokens=4", "precision=float32"]
-    run_verb("monitor", *words, "--json")
+    words = [*toy.substrate, "prompt=Hello", "generation.max_new_tokens=4"]
+    run_verb("monitor", *words, "--json", "hat.aperture.precision=float32")
     plain = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     run_verb("monitor", *words, "--json", "hat/aperture=dynamic", "hat.aperture.shelf.hot_mb=1")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
