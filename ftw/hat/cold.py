@@ -13,7 +13,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
 CHUNK_BYTES = 8 * 2**20  # what is read and folded at once: stays in the cache between the two
 SMALL_BYTES = 2 * 2**10  # rows up to here are kept in memory for all lenses
 READERS, PARALLEL_BYTES = 2, 4 * 2**20  # threads that read, and bytes from which a second one is worth it
+RUN_ROWS = 16  # read in one call at most: enough to be few calls, and both readers have their share
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,18 @@ class RowFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         self._closing = weakref.finalize(self, os.close, self._descriptor)
 
-    def read_row(self, name: str, row: int, targets: Sequence[memoryview]) -> None:
-        """Fill the targets, one after the other, with the bytes of a row.
+    def read_rows(self, name: str, row: int, num: int, targets: Sequence[memoryview]) -> None:
+        """Fill the targets, one after the other, with the bytes of consecutive rows.
 
         Raises:
             OSError: the disk fails, or the file ends before.
         """
         field = self.fields[name]
         got = os.preadv(self._descriptor, targets, field.offset + row * field.row_bytes)
-        if got != field.row_bytes:
-            raise OSError(f"{self.path.name} ended {field.row_bytes - got} bytes before the end of row {row}")
+        if got != num * field.row_bytes:
+            raise OSError(
+                f"{self.path.name} ended {num * field.row_bytes - got} bytes before the end of rows from {row}"
+            )
 
     def read_all(self, name: str) -> Tensor:
         """A whole tensor."""
@@ -94,6 +97,24 @@ class RowFile:
     def close(self) -> None:
         """Let the file go."""
         self._closing()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive rows of a file; start: place of the first among the lenses that are asked for."""
+
+    file: RowFile
+    row: int
+    start: int
+    num: int
+
+    def read(self, tensor: str, targets: Sequence[memoryview]) -> None:
+        self.file.read_rows(tensor, self.row, self.num, targets)
+
+    def singles(self) -> list["_Run"]:
+        """Each row on its own, to see which of several cannot be read; nothing of a single one."""
+        rows = range(self.num) if self.num > 1 else ()
+        return [_Run(self.file, self.row + place, self.start + place, 1) for place in rows]
 
 
 class ColdLenses:
@@ -190,24 +211,27 @@ class ColdLenses:
             name: [_bytes(slots.tensors[f"{layer}.{name}"]) for layer in range(len(self.layers))] for name in self._wide
         }
 
-        def read(first: int, step: int) -> dict[str, str]:
+        def read(runs: list[_Run]) -> dict[str, str]:
             failed = {}
-            for name, row in zip(names[first::step], at[first::step], strict=True):
-                file, there = self._place[self.index[name]]
+            while runs:
+                run = runs.pop()
                 try:
                     for tensor, layers in views.items():
                         size = self._wide[tensor].row_bytes // len(layers)
-                        file.read_row(tensor, there, [view[row * size : (row + 1) * size] for view in layers])
+                        run.read(tensor, _targets(layers, size, at[run.start : run.start + run.num]))
                 except OSError as error:
-                    failed[name] = str(error)
+                    if run.num == 1:
+                        failed[names[run.start]] = str(error)
+                    runs += run.singles()
             return failed
 
         rows = [self.index[name] for name in names]
         slots.write(at, self.readings.slots.tensors, rows)
         for name, tensor in self._small.items():
             slots.write(at, {f"{layer}.{name}": tensor[:, layer] for layer in range(len(self.layers))}, rows)
+        runs = self._runs(names)
         step = READERS if sum(f.row_bytes for f in self._wide.values()) * len(names) >= PARALLEL_BYTES else 1
-        parts = [read(0, 1)] if step == 1 else list(self._pool.map(lambda first: read(first, step), range(step)))
+        parts = [read(runs)] if step == 1 else list(self._pool.map(read, (runs[first::step] for first in range(step))))
         failed = {name: why for part in parts for name, why in part.items()}
         slots.drop(failed)
         return failed
@@ -232,17 +256,31 @@ class ColdLenses:
             name: torch.empty(len(names), *field.shape[1:], dtype=field.dtype) for name, field in self._wide.items()
         }
         views = {name: _bytes(tensor) for name, tensor in wide.items()}
-        failed, row = dict[str, str](), 0
-        for name in names:
-            file, there = self._place[self.index[name]]
+        failed, row, runs = dict[str, str](), 0, self._runs(names)[::-1]
+        while runs:
+            run = runs.pop()
             try:
                 for tensor, view in views.items():
                     size = self._wide[tensor].row_bytes
-                    file.read_row(tensor, there, [view[row * size : (row + 1) * size]])
-                row += 1
+                    run.read(tensor, [view[row * size : (row + run.num) * size]])
+                row += run.num
             except OSError as error:
-                failed[name] = str(error)
+                if run.num == 1:
+                    failed[names[run.start]] = str(error)
+                runs += run.singles()[::-1]
         return {name: tensor[:row] for name, tensor in wide.items()}, failed
+
+    def _runs(self, names: Sequence[str]) -> list["_Run"]:
+        """Lenses that are asked for one after the other and stand so in a file, in one piece."""
+        runs: list[_Run] = []
+        for start, name in enumerate(names):
+            file, row = self._place[self.index[name]]
+            last = runs[-1] if runs else None
+            if last is not None and last.file is file and last.row + last.num == row and last.num < RUN_ROWS:
+                runs[-1] = replace(last, num=last.num + 1)
+            else:
+                runs.append(_Run(file, row, start, 1))
+        return runs
 
     def _stack(self, names: Sequence[str], wide: Mapping[str, Tensor]) -> LensStack:
         rows = torch.tensor([self.index[name] for name in names], dtype=torch.long)
@@ -270,6 +308,13 @@ class ColdLenses:
             raise PackError(
                 f"{self.where}: its levels differ in tensors, or a concept stands on two; fetch the pack again"
             )
+
+
+def _targets(layers: Sequence[memoryview], size: int, rows: Sequence[int]) -> list[memoryview]:
+    """Where consecutive rows of a file go: to rows of a bank, layer by layer, in one piece if they are consecutive."""
+    if len(layers) == 1 and list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return [layers[0][rows[0] * size : (rows[-1] + 1) * size]]
+    return [view[row * size : (row + 1) * size] for row in rows for view in layers]
 
 
 def _field(entry: Mapping[str, object], data: int) -> Field:

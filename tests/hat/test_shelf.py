@@ -209,7 +209,9 @@ def test_exactly_the_lenses_whose_bytes_cannot_be_read_are_missing(kind: dict, b
             read = os.preadv
 
             def failing(descriptor: int, targets: list, offset: int) -> int:
-                if (offset - field.offset) // field.row_bytes in bad and offset >= field.offset:
+                first = (offset - field.offset) // field.row_bytes
+                num = sum(len(target) for target in targets) // field.row_bytes
+                if offset >= field.offset and bad & set(range(first, first + num)):
                     raise OSError(5, "Input/output error")
                 return read(descriptor, targets, offset)
 
