@@ -352,13 +352,14 @@ def _interpolate(logits_MB: Tensor, quantiles_MQ: Tensor, levels_Q: Tensor) -> T
     quantiles_MQ, logits_MB = quantiles_MQ.contiguous(), logits_MB.contiguous()  # torch warns of anything else
     below = _num_below(logits_MB, quantiles_MQ)
     low, high = quantiles_MQ.gather(1, below), quantiles_MQ.gather(1, below + 1)
-    share = ((logits_MB - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    share = (logits_MB - low).div_((high - low).clamp_min_(1e-12)).clamp_(0, 1)  # NaN stays NaN
     low_level, high_level = (
         side_Q.index_select(0, below.flatten()).view_as(share) for side_Q in (levels_Q[:-1], levels_Q[1:])
     )
     percentile = torch.lerp(low_level, high_level, share)
-    percentile = percentile.masked_fill(logits_MB > quantiles_MQ[:, -1:], 1.0)
-    percentile = percentile.masked_fill(logits_MB < quantiles_MQ[:, :1], 0.0)
+    if percentile.device.type != "cpu" or (levels_Q[0], levels_Q[-1]) != (0, 1):  # else the ends are 0 and 1 already
+        percentile = percentile.masked_fill(logits_MB > quantiles_MQ[:, -1:], 1.0)
+        percentile = percentile.masked_fill(logits_MB < quantiles_MQ[:, :1], 0.0)
     # Values that equal a quantile are rare (constant lenses, the extremes); two searches cost more than all the rest.
     met = (low == logits_MB) | (high == logits_MB)
     if met.any():
@@ -367,7 +368,7 @@ def _interpolate(logits_MB: Tensor, quantiles_MQ: Tensor, levels_Q: Tensor) -> T
         first, after = (torch.searchsorted(met_RQ, met_RB, right=right) for right in (False, True))
         middle = (levels_Q[first.clamp_max(len(levels_Q) - 1)] + levels_Q[(after - 1).clamp_min(0)]) / 2
         percentile[rows_R] = torch.where(met[rows_R], middle, percentile[rows_R])
-    return percentile.masked_fill(logits_MB.isnan(), torch.nan)
+    return percentile
 
 
 def _num_below(logits_MB: Tensor, quantiles_MQ: Tensor) -> Tensor:
@@ -378,7 +379,7 @@ def _num_below(logits_MB: Tensor, quantiles_MQ: Tensor) -> Tensor:
     below, left = torch.zeros_like(logits_MB, dtype=torch.long), quantiles_MQ.shape[1] - 2
     while left:
         half = (left + 1) // 2
-        below += half * (quantiles_MQ.gather(1, below + half) < logits_MB)
+        below.add_(quantiles_MQ.gather(1, below + half) < logits_MB, alpha=half)
         left -= half
     return below
 
