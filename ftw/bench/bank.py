@@ -71,7 +71,8 @@ def _mlp(watch: Stopwatch) -> Iterator[Row]:
         exact = made_up_stack(num, layers=(0,), width=width, hidden=128).bank().hot(num).to(watch.device)
         state_1LD = states(1, layers=1, width=width).to(watch.device)
         one_by_one = ("lenses one by one, float32", _one_by_one(exact, state_1LD))
-        sizes, whole = {"n": num, "d": width}, _reading(exact, state_1LD)
+        sizes: dict[str, Any] = {"n": num, "d": width}
+        whole = _reading(exact, state_1LD)
         case = "mlp 128-64-1"
         yield watch.row(
             f"{case}, float32", whole, baseline=one_by_one, num_bytes=_weight_bytes(exact), precision="float32", **sizes

@@ -120,15 +120,19 @@ class Stopwatch:
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free_bytes()
         return free is None or 2 * num_bytes < free
 
-    def times(self, calls: Mapping[str, Call], *, rounds: int | None = None) -> dict[str, np.ndarray]:
+    def times(
+        self, calls: Mapping[str, Call], *, rounds: int | None = None, tidy: Call = tuple
+    ) -> dict[str, np.ndarray]:
         """Milliseconds of each call, [R], measured in turns.
 
         Args:
             rounds: how many; None: as many as the seconds of the configuration allow.
+            tidy: called after each round, not timed.
         """
         for _ in range(WARM_UP):
             for call in calls.values():
                 call()
+            tidy()
         found: dict[str, list[float]] = {name: [] for name in calls}
         end, num = time.perf_counter() + self.config.seconds * len(calls), 0
         while (
@@ -136,6 +140,7 @@ class Stopwatch:
         ):
             for name, call in calls.items():
                 found[name].append(self.once(call))
+            tidy()
             num += 1
         return {name: np.array(times) for name, times in found.items()}
 
@@ -153,7 +158,16 @@ class Stopwatch:
         return before.elapsed_time(after)
 
     def row(
-        self, case: str, call: Call, *, n: int, d: int, baseline: tuple[str, Call], num_bytes: int = 0, **more: Any
+        self,
+        case: str,
+        call: Call,
+        *,
+        n: int,
+        d: int,
+        baseline: tuple[str, Call],
+        num_bytes: int = 0,
+        tidy: Call = tuple,
+        **more: Any,
     ) -> Row:
         """A case, its baseline and, where bytes are given, its floor, in turns."""
         what, other = baseline
@@ -161,11 +175,9 @@ class Stopwatch:
         if num_bytes:
             calls["floor"] = self.reading(num_bytes)
             more["megabytes"] = round(num_bytes / 1e6, 2)
-        ms = {name: float(np.median(times)) for name, times in self.times(calls).items()}
-        return Row(
-            case=case, n=n, d=d, ms=ms["case"], baseline=what, baseline_ms=ms["baseline"], floor_ms=ms.get("floor"),
-            more=more,
-        )  # fmt: skip
+        ms = {name: float(np.median(times)) for name, times in self.times(calls, tidy=tidy).items()}
+        times = {"ms": ms["case"], "baseline_ms": ms["baseline"], "floor_ms": ms.get("floor")}
+        return Row(case=case, n=n, d=d, baseline=what, more=more, **times)
 
     def reading(self, num_bytes: int) -> Call:
         """A call that reads so many bytes once: a sum over a buffer of its own, in large pages as a bank's are."""
