@@ -150,7 +150,7 @@ def window_series(timeline: Timeline, config: NarrativeConfig | None = None) -> 
         raise DataError("this timeline has no tokens but special ones; there is nothing to tell")
     first = int(content[0])
     if "window" in timeline.meta:
-        return _read_windows(timeline, first)
+        return _read_windows(timeline, first, int(content[-1]) + 1)
     if config.window < 1 or not 1 <= config.stride <= config.window:
         raise ConfigError(f"window={config.window}, stride={config.stride}: choose 1 <= stride <= window")
     by = "probability" if np.isnan(timeline.percentiles_TN).all() else "percentile"
@@ -163,9 +163,10 @@ def window_series(timeline: Timeline, config: NarrativeConfig | None = None) -> 
     return _series(timeline, starts, ends, np.stack(values), by, -(-config.window // config.stride))
 
 
-def _read_windows(timeline: Timeline, first: int) -> WindowSeries:
-    size, stride = int(timeline.meta["window"]), int(timeline.meta["stride"])
-    length = len(timeline)
+def _read_windows(timeline: Timeline, first: int, length: int) -> WindowSeries:
+    size, stride = (int(timeline.meta.get(name, 0)) for name in ("window", "stride"))
+    if not 1 <= stride <= size:
+        raise DataError(f"this timeline says window={size}, stride={stride}, which cannot be; read the text again")
     ends = [*range(first + stride, length, stride), length]
     if np.isnan(timeline.logits_TN[[end - 1 for end in ends]]).all():
         raise DataError("none of this timeline's windows could be read; are the lenses those of its substrate?")

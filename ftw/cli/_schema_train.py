@@ -53,14 +53,21 @@ class SamplesJob:
 
 
 @dataclass(kw_only=True)
-class CollectJob(SamplesJob):
-    """`ftw collect`."""
+class StatesJob(SamplesJob):
+    """What every verb that collects states needs."""
 
     map: MapNode = field(default_factory=MapNode)
 
 
 @dataclass(kw_only=True)
-class TrainJob(CollectJob):
+class CollectJob(StatesJob):
+    """`ftw collect`; `dense` is a file that sampled answers are exported to, in the layout of the original design."""
+
+    dense: str | None = None
+
+
+@dataclass(kw_only=True)
+class TrainJob(StatesJob):
     """`ftw train`."""
 
     hat: HatNode = field(default_factory=HatNode)

@@ -1,5 +1,7 @@
 """`ftw collect`: run the substrate over texts and keep its states in an encyclopedia."""
 
+from pathlib import Path
+
 from rich.console import Console
 
 from ftw.cli import _run
@@ -8,6 +10,7 @@ from ftw.cli._schema_train import DATA, CollectJob
 from ftw.cli._sources import Sources
 from ftw.cli._verb import verb
 from ftw.map.collect import collect, encyclopedia_folder
+from ftw.map.dense import export_dense
 from ftw.map.estimate import estimate
 from ftw.ui.steps import steps
 from ftw.ui.terminal import overview
@@ -30,6 +33,8 @@ def run(job: CollectJob) -> None:
         return
     with run_steps.step("Collect states") as step, collect(substrate, made.table, config) as encyclopedia:
         step.note(f"{len(encyclopedia.table):,} texts")
+        if job.dense is not None:
+            export_dense(encyclopedia, Path(job.dense))
     _run.write_json(_run.run_folder() / "run.json", _run.provenance(job, sources.fetched))
     console.print(
         overview("Encyclopedia", {"folder": str(folder), "layers": str(list(spec.layers)), "precision": spec.precision})

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -146,18 +149,21 @@ def _to_wandb(project: str, told: list[tuple[str, WindowSeries, Narrative]], con
         import wandb
     except ImportError as error:
         raise FTWError("wandb is not installed; install it with: pip install 'ftw-lenses[wandb]'") from error
-    import io
-
-    from PIL import Image
-
     with wandb.init(project=project, mode="offline", job_type="timeline") as run:
         for name, series, story in told:
             media: dict[str, Any] = {
-                f"{name}/{caption}": wandb.Image(Image.open(io.BytesIO(png(figure))))
+                f"{name}/{caption}": wandb.Image(_pixels(figure))
                 for caption, figure in pictures(series, story, top=config.top).items()
             }
             run.log({**media, f"{name}/num_segments": len(story.segments)})
             run.summary[f"{name}/story"] = story.text
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    """The picture as numbers: wandb knows a figure by its class being matplotlib's own, and ours is a child of it."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
 
 
 def main() -> None:

@@ -91,6 +91,7 @@ class Recorder(StoppingCriteria):
         self._pieces: list[Pieces] = []
         self._lens_seconds, self._text_seconds, self._ms, self._clock = 0.0, 0.0, [], time.perf_counter()
         self._last_error, self._told_seconds = "", 0.0
+        self._lengths: list[int] = []  # tokens of each sequence that windows read
         if self.text is not None:
             self.text.begin()
         if isinstance(self.bank, WindowReader):
@@ -130,7 +131,7 @@ class Recorder(StoppingCriteria):
         """Tell what was read after the last step."""
         ends = self._ends or [None] * len(sequences)
         self._ends = [sequences.shape[1] if end is None else end for end in ends]
-        self._read_tails()
+        self._read_tails(sequences)
         self._tell(sequences)
 
     def timelines(
@@ -173,7 +174,9 @@ class Recorder(StoppingCriteria):
         if self.bank is not None:
             missing_BT = np.isnan(values[0]).min(axis=2)
             if isinstance(self.bank, WindowReader):
-                missing_BT = missing_BT[:, self.windows_from :][:, self.bank.stride - 1 :: self.bank.stride]
+                due_T = [self.bank.is_end(at + 1 - self.windows_from) for at in range(missing_BT.shape[1])]
+                within_BT = np.arange(len(due_T)) < self.windows_from + np.array(self._lengths)[:, None]
+                missing_BT = missing_BT & within_BT & due_T
             costs["num_missing"] = int(missing_BT.sum())
         if self.text is not None:
             costs |= {"text_ms_per_token": round(1000 * self._text_seconds / num, 4)}
@@ -226,25 +229,31 @@ class Recorder(StoppingCriteria):
             self._lens_seconds += time.perf_counter() - start
         self._num_read += num_new
 
-    def _read_tails(self) -> None:
-        """Read the window at the end of each sequence, where none was due."""
+    def _read_tails(self, sequences: Tensor) -> None:
+        """Read the window at the end of each sequence, where none was due; a token that ends it belongs to none."""
         if not isinstance(self.bank, WindowReader) or not self._logits:
             return
-        start = time.perf_counter()
-        ends = [min(end, self._num_read) for end in self._ends if end is not None]
+        start, self._lengths = time.perf_counter(), list[int]()
+        for row, end in enumerate(self._ends):
+            last = min(self._num_read if end is None else end, self._num_read)
+            if last > self.windows_from and int(sequences[row, last - 1]) in self._special_ids:
+                last -= 1
+                self._write(row, last, torch.full((len(self.bank),), torch.nan))
+            self._lengths.append(max(0, last - self.windows_from))
         try:
-            tails = self.bank.tails([max(0, end - self.windows_from) for end in ends])
+            for row, logits_N in self.bank.tails(self._lengths).items():
+                self._write(row, self.windows_from + self._lengths[row] - 1, logits_N)
         except Exception as error:  # noqa: BLE001 (as in `_logits_of`)
             self._last_error = f"{type(error).__name__}: {error}"
-            return
-        for row, logits_N in tails.items():
-            place = ends[row] - 1
-            for part_BTN in self._logits:
-                if place < part_BTN.shape[1]:
-                    part_BTN[row, place] = logits_N.masked_fill(~logits_N.isfinite(), torch.nan)
-                    break
-                place -= part_BTN.shape[1]
         self._lens_seconds += time.perf_counter() - start
+
+    def _write(self, row: int, place: int, logits_N: Tensor) -> None:
+        """Put the logits of one position where they belong among the parts."""
+        for part_BTN in self._logits:
+            if place < part_BTN.shape[1]:
+                part_BTN[row, place] = logits_N.masked_fill(~logits_N.isfinite(), torch.nan)
+                return
+            place -= part_BTN.shape[1]
 
     def _logits_of(self, states_BTLD: Tensor, first: int) -> Tensor:
         """Logits of states from position `first` on, [B, T, N]; NaN where the lenses failed, or a number is not finite.
@@ -329,6 +338,8 @@ class Recorder(StoppingCriteria):
             return False
         if not isinstance(self.bank, WindowReader):
             return True
+        if token.is_special:
+            return False
         start = self._prompt_width - len(self.encoded[token.row // self._repeats(self._num_rows)])
         return self.bank.is_end(token.position + start + 1 - self.windows_from)
 

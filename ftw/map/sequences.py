@@ -197,7 +197,7 @@ def _marks_of(
     kinship: Kinship, rows: Sequence[_Prompt], index: int, config: SequencesConfig, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows that are marked for a concept, and their labels."""
-    siblings = set(kinship.siblings(index))
+    sibling_indices = set(kinship.siblings(index))
     positive, near, far, negated = list[int](), list[int](), list[int](), list[int]()
     for row, prompt in enumerate(rows):
         if prompt.source == NEGATED:
@@ -205,16 +205,19 @@ def _marks_of(
         elif index in prompt.positives:
             positive.append(row)
         elif prompt.source == SAMPLED and index not in prompt.silent:
-            (near if siblings & prompt.positives else far).append(row)
+            (near if sibling_indices & prompt.positives else far).append(row)
     name = kinship.names[index]
 
     def draw(places: list[int], most: int, words: str) -> list[int]:
         random = np.random.default_rng(list(_digest(seed, words, name)))
         return [places[place] for place in random.permutation(len(places))[:most]]
 
-    chosen = draw(near, config.siblings, "siblings")
-    # A concept without siblings has its share of negatives among the distant ones.
-    chosen += draw(far, config.distant + config.siblings - len(chosen), "distant")
+    total = config.siblings + config.distant
+    siblings_first = draw(near, total, "siblings")
+    chosen = siblings_first[: config.siblings]
+    # Where there are too few of one kind, the other kind has their share as well.
+    chosen += draw(far, total - len(chosen), "distant")
+    chosen += siblings_first[config.siblings :][: total - len(chosen)]
     if not chosen:
         raise DataError(f"concept {name!r} has no negatives: nothing else in the pack is unrelated to it; add concepts")
     positive = draw(positive, config.positives, "positives")

@@ -30,7 +30,8 @@ class LiveWindows:
         if self._was_prompt and not reading.is_prompt:
             self._tokens.clear()  # windows are of the answer
         self._was_prompt = reading.is_prompt
-        self._tokens.append(reading)
+        if self._tokens or not reading.is_special:  # the sink stands before the first window
+            self._tokens.append(reading)
         if not reading.top and not reading.is_missing:
             return
         if self._as_json:

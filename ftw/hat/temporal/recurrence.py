@@ -63,8 +63,13 @@ def _add_fed(fed_NBT2G: Tensor, step: int, recurred_MBG: Tensor, out: Tensor) ->
 
 def _by_token(steps_MTBG: Tensor) -> Tensor:
     """What stands by step, by token: [N, B, T, 2, G]."""
-    both = torch.stack([steps_MTBG[0::2], steps_MTBG[1::2].flip(1)], dim=3)
-    return both.permute(0, 2, 1, 3, 4)
+    lenses, (tokens, batch, gates) = len(steps_MTBG) // 2, steps_MTBG.shape[1:]
+    # In the order of the tokens from the start: the product with the inputs that follows takes it without a copy.
+    found_NBT2G = steps_MTBG.new_empty(lenses, batch, tokens, 2, gates)
+    found_NBT2G[..., 0, :] = steps_MTBG[0::2].transpose(1, 2)
+    for step in range(tokens):
+        found_NBT2G[:, :, tokens - 1 - step, 1] = steps_MTBG[1::2, step]
+    return found_NBT2G
 
 
 def _weight_gradient(grad_MTBG: Tensor, before_MTBH: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ class _LSTM(Function):
             gates[..., 3 * units :].sigmoid_()
             put, keep, new, out = gates.chunk(4, dim=-1)
             next_cell = torch.addcmul(cell * keep, put.float(), new.float())
-            squashed = squashed_all[:, now].copy_(next_cell.tanh())
+            squashed = squashed_all[:, now].copy_(next_cell).tanh_()
             next_hidden = out * squashed
             cell_all[:, after] = next_cell if moves is None else torch.where(moves, next_cell, cell)
             hidden_all[:, after] = next_hidden if moves is None else torch.where(moves, next_hidden, hidden)

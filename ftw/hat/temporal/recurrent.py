@@ -42,6 +42,10 @@ class RecurrentHead(SequenceHead):
         """Gates of both directions, a state and a cell; twice for the way back."""
         return 2 * self.hidden * (2 * GATES[self.cell] * self.w_hh.element_size() + 8)
 
+    @property
+    def step_bytes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (as above)
+        return self.w_hh[:1].numel() * self.w_hh.element_size() if self.num_lenses else 0
+
     def tokens(self, x: Tensor) -> Tensor:
         return fed_tokens(x, self.w_ih, self.bias)
 
@@ -66,8 +70,7 @@ class RecurrentHead(SequenceHead):
 
 def fed_tokens(x: Tensor, w_ih_N2GW: Tensor, bias_N2G: Tensor) -> Tensor:
     """What each token gives to the gates of both directions: [N, B, T, 2G]."""
-    fed_NBTF = token_product(x, w_ih_N2GW.flatten(1, 2))
-    return fed_NBTF + bias_N2G.flatten(1)[:, None, None].to(fed_NBTF.dtype)
+    return token_product(x, w_ih_N2GW.flatten(1, 2), bias_N2G.flatten(1))
 
 
 def last_states(fed_NBTF: Tensor, w_hh_N2GH: Tensor, bias_n_N2H: Tensor | None, lengths: Tensor | None) -> Tensor:

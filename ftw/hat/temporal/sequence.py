@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ftw.errors import ConfigError
 from ftw.hat.lens import Head
 
-# As much as the second-level caches and a good part of the third hold; larger parts were slower (`ftw bench temporal`).
-BUDGET_BYTES = 2**25
+# Of what lenses read at once make of the tokens, and of their recurrent weights, which every step reads again: parts
+# that leave the cache take twice as long (`ftw bench temporal`).
+BUDGET_BYTES, CACHED_BYTES = 2**25, 2**22
 Own = TypeVar("Own", bound="SequenceHead")
 
 
@@ -24,6 +25,7 @@ class SequenceHead(Head):
     """N classifiers of sequences; a single state counts as a sequence of one token."""
 
     token_bytes: int  # memory that a lens needs for a token while it reads
+    step_bytes = 0  # weights of a lens that every step reads again
 
     def forward(self, x_BW: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Logit of every lens for every sequence: [B, N], float32.
@@ -79,7 +81,7 @@ class SequenceHead(Head):
         return [getattr(self, name) for name in self.large()]
 
 
-def token_product(x: Tensor, weight_NFW: Tensor) -> Tensor:
+def token_product(x: Tensor, weight_NFW: Tensor, bias_NF: Tensor | None = None) -> Tensor:
     """Every token times every lens's weights: [N, B, T, F] for shared tokens [B, T, W] or own ones [N, B, T, W].
 
     Computed in bfloat16 if either side is.
@@ -87,9 +89,11 @@ def token_product(x: Tensor, weight_NFW: Tensor) -> Tensor:
     dtype = torch.bfloat16 if torch.bfloat16 in (x.dtype, weight_NFW.dtype) else torch.float32
     x, weight_NFW = x.to(dtype), weight_NFW.to(dtype)
     if x.ndim == 4:
-        product_NMF = torch.bmm(x.flatten(1, 2), weight_NFW.transpose(1, 2))
-        return product_NMF.unflatten(1, x.shape[1:3])
-    product_BTM = torch.nn.functional.linear(x, weight_NFW.flatten(0, 1))
+        factors = x.flatten(1, 2), weight_NFW.transpose(1, 2)
+        whole = torch.bmm(*factors) if bias_NF is None else torch.baddbmm(bias_NF.unsqueeze(1).to(dtype), *factors)
+        return whole.unflatten(1, x.shape[1:3])
+    bias_M = None if bias_NF is None else bias_NF.flatten().to(dtype)
+    product_BTM = torch.nn.functional.linear(x, weight_NFW.flatten(0, 1), bias_M)
     return product_BTM.unflatten(-1, weight_NFW.shape[:2]).permute(2, 0, 1, 3)
 
 
@@ -101,8 +105,10 @@ def beyond(lengths: Tensor | None, num_tokens: int) -> Tensor | None:
 
 
 def lenses_at_once(head: SequenceHead, batch: int, tokens: int, budget_bytes: int = BUDGET_BYTES) -> int:
-    """How many lenses read at once within a budget of memory; at least one."""
-    return max(1, min(head.num_lenses, budget_bytes // max(1, batch * tokens * head.token_bytes)))
+    """How many lenses read at once within a budget of memory, their weights within the cache; at least one."""
+    by_tokens = budget_bytes // max(1, batch * tokens * head.token_bytes)
+    by_weights = CACHED_BYTES // head.step_bytes if head.step_bytes else head.num_lenses
+    return max(1, min(head.num_lenses, by_tokens, by_weights))
 
 
 def uniform(shape: tuple[int, ...], bound: float) -> nn.Parameter:
