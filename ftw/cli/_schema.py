@@ -18,7 +18,7 @@ from ftw.map.concept_source import ConceptsConfig
 from ftw.map.live import DynamicConfig, ResidentConfig
 from ftw.substrate.model import SubstrateConfig
 
-BENCHES = ("bank", "shelf", "text", "monitor", "train", "load")
+BENCHES = ("bank", "shelf", "text", "monitor", "train", "load", "temporal")
 # Which lenses a monitor reads: the names in conf/hat/aperture, with their schemas.
 APERTURES = {"all": ResidentConfig, "dynamic": DynamicConfig}
 

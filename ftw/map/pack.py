@@ -20,7 +20,7 @@ from ftw.hat.bank import LensBank
 from ftw.hat.lens import HeadConfig
 from ftw.hat.pooling import Pooling, pooling_from_tensors
 from ftw.hat.store import LensStack, head_of, read_tensors, stack_from_tensors, write_tensors
-from ftw.hat.temporal.bank import PooledTokens, SequenceReader
+from ftw.hat.temporal.bank import POOLS, PooledTokens, SequenceReader
 from ftw.hat.text import TextBank
 from ftw.map.concept import ConceptPack
 from ftw.map.manifest import read_json, safe_member, verify_manifest, write_manifest
@@ -128,7 +128,9 @@ class LensPack:
         """The lenses as what reads windows: sequence lenses, or those of single states over a window's pool."""
         if self.stack.reads_sequences:
             return self.stack.sequence_bank()
-        return PooledTokens(self.stack.bank(), self.recipe.pooling)
+        pool = self.recipe.pooling
+        # Lenses that weigh several pools have a logit of the mean state as well, and read windows by that.
+        return PooledTokens(self.stack.bank(), pool if pool in POOLS else "mean")
 
     def check(self, substrate: Substrate) -> None:
         """Refuse another substrate than the one the lenses were trained on.

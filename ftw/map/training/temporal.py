@@ -127,7 +127,7 @@ def read_answers(bank: SequenceBank, encyclopedia: Encyclopedia, rows: np.ndarra
     for at in range(0, len(rows), ANSWERS_AT_ONCE):
         part = rows[at : at + ANSWERS_AT_ONCE]
         states = [encyclopedia.token_states(layer, part) for layer in bank.layers]
-        offsets = torch.from_numpy(states[0][1])
+        offsets: Tensor = torch.from_numpy(states[0][1])
         lengths_S = offsets.diff().clamp_max(most) if most else offsets.diff()
         x_TLD = torch.stack([torch.from_numpy(layer_TD[0]).float() for layer_TD in states], dim=1)
         size = max(1, int(lengths_S.max()))
