@@ -108,11 +108,7 @@ def _single_files(shelf: Shelf, folder: Path) -> list[Path]:
 def _expanding(watch: Stopwatch, folder: Path) -> Row:
     """Tokens through an aperture over a shelf that is empty at first, against reading all lenses at every token."""
     with open_shelf(folder, ShelfConfig(hot_mb=BUDGET_MB, device=str(watch.device))) as shelf:
-<<<<<<< HEAD
-        aperture = Aperture(made_up_lineage(shelf.names), ApertureConfig(load_threshold=0.8, max_depth=5))
-=======
         aperture = Aperture(made_up_lineage(shelf.names), ApertureConfig(load_threshold=0.8))
->>>>>>> 1875a27 (Bench: a shelf is closed outside the time of its opening)
         lenses = LiveLenses(aperture, activation=shelf, text=None)
         drifting = states(watch.size(TOKENS, 20), layers=len(shelf.layers), width=shelf.width).split(1)
         ms_T = np.array([watch.once(lambda state=state: lenses.read(state)) for state in drifting])[FIRST_TOKENS:]
