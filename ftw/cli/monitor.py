@@ -142,10 +142,8 @@ def _reader(job: MonitorJob, pack: PackIndex, substrate: Substrate, aperture: Dy
     bank = None
     if job.mode != "text":
         bank = pack.bank().stored(job.hat.aperture.precision) if aperture is None else aperture.bank
-    text, meta = (
-        pack.text if job.mode in ("text", "dual") else None,
-        {"pack": pack.pack_id, "pack_version": pack.version},
-    )
+    text = pack.text if job.mode in ("text", "dual") else None
+    meta = {"pack": pack.pack_id, "pack_version": pack.version}
     if aperture is not None and aperture.manifest is not None and aperture.admission is not None:
         admitted = aperture.admission.admitted
         # A concept that a deployment does not admit is not read from its words either.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ftw.errors import ConfigError, PackError, SubstrateError
 from ftw.hat.basis import Basis
-from ftw.hat.floor import logits_at
+from ftw.hat.floor import middle_spread
 from ftw.hat.lens import Head, enlarged, find_rows
 from ftw.hat.linear import LinearHead
 from ftw.hat.slots import Slots
@@ -85,8 +85,7 @@ class LensBank(nn.Module):
         rows = {"scale": scale_LN.T, "offset": offset_N, "quantiles": quantiles_NQ}
         if quantiles_NQ.shape[1]:
             # Background median of each lens, and its distance to the 99th percentile: what `rank` needs at every token.
-            rows["median"] = quantiles_NQ[:, _nearest(self.levels, 0.5)].clone()
-            rows["spread"] = (quantiles_NQ[:, _nearest(self.levels, 0.99)] - rows["median"]).clamp_min(1e-6)
+            rows["median"], rows["spread"] = middle_spread(quantiles_NQ, self.levels)
         for name, tensor in rows.items():
             self.register_buffer(f"row_{name}", tensor)
         self.requires_grad_(False).eval()
@@ -240,10 +239,6 @@ class LensBank(nn.Module):
         """Quantiles of each lens's logits on background tokens, [N, Q], and the levels they stand for."""
         return self.quantiles, self.levels
 
-    def logits_at(self, rank: float) -> Tensor:
-        """Logit of each lens at a positive rank, [N]; of a calibrated bank."""
-        return logits_at(rank, self.median, self.spread)
-
     def read(self, states_BLD: Tensor, *, k: int, watch: Tensor | None = None) -> BankReading:
         """The k strongest lenses and the watched ones."""
         logits_BN: Tensor = self(states_BLD)
@@ -387,7 +382,3 @@ def _num_below(logits_MB: Tensor, quantiles_MQ: Tensor) -> Tensor:
 def _kinds(bank: LensBank) -> set[str]:
     rows = {f"{name} {list(tensor.shape[1:])} {tensor.dtype}" for name, tensor in bank.slots.tensors.items()}
     return rows | {f"layers {list(bank.layers)}", f"basis {None if bank.basis is None else bank.basis.rank}"}
-
-
-def _nearest(levels_Q: Tensor, level: float) -> int:
-    return int((levels_Q - level).abs().argmin())

@@ -344,10 +344,6 @@ class ApertureBank:
         """Quantiles of each lens's logits on background, [N, Q], and the levels they stand for."""
         return self._holder.background()
 
-    def logits_at(self, rank: float, /) -> Tensor:
-        """Logit of each lens at a positive rank, [N]; of calibrated lenses."""
-        return self._holder.logits_at(rank)
-
     def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor:
         """Share of background that each logit exceeds; NaN where it was not read."""
         logits = logits_BN.numpy()

@@ -27,7 +27,6 @@ class Ranked(Protocol):
     @property
     def calibrated(self) -> bool: ...
     def background(self) -> tuple[Tensor, Tensor]: ...
-    def logits_at(self, rank: float, /) -> Tensor: ...
     def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor: ...
 
 
@@ -43,7 +42,7 @@ def chance_floor(lenses: Ranked) -> float:
 
     def expected(rank: float) -> float:
         """Lenses above this rank at a background token."""
-        share_N = 1 - lenses.percentile(lenses.logits_at(rank)[None])[0].double()
+        share_N = 1 - lenses.percentile(logits_at(lenses, rank)[None])[0].double()
         # Between two tokens the line says less than there is, by one token at most.
         return float(torch.where(share_N > 0, share_N + one_token, 0).sum())
 
@@ -73,7 +72,14 @@ def resolution(quantiles_NQ: Tensor, levels_Q: Tensor) -> float:
     return 1.0
 
 
-def logits_at(rank: float, median_N: Tensor, spread_N: Tensor) -> Tensor:
+def middle_spread(quantiles_NQ: Tensor, levels_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Background median of each lens, and its distance to the 99th percentile: what ranks are measured in, [N] each."""
+    median_N, upper_N = (quantiles_NQ[:, int((levels_Q - level).abs().argmin())] for level in (0.5, 0.99))
+    return median_N.clone(), (upper_N - median_N).clamp_min(1e-6)
+
+
+def logits_at(lenses: Ranked, rank: float) -> Tensor:
     """Logit of each lens at a positive rank, [N]; above the median even where the spread is lost in rounding."""
+    median_N, spread_N = middle_spread(*lenses.background())
     above_N = torch.nextafter(median_N, torch.full_like(median_N, torch.inf))
     return torch.maximum(median_N + rank * spread_N, above_N)

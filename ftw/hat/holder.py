@@ -49,10 +49,6 @@ class Holder(Protocol):
         """Quantiles of each lens's logits on background, [N, Q], and the levels they stand for, on the CPU."""
         ...
 
-    def logits_at(self, rank: float) -> Tensor:
-        """Logit of each lens at a positive rank, [N], on the CPU; with background only."""
-        ...
-
     def drop(self, rows: np.ndarray) -> None:
         """Learn that these are read no more until they are asked for again."""
         ...
@@ -112,9 +108,6 @@ class ResidentLenses:
 
     def background(self) -> tuple[Tensor, Tensor]:
         return self._bank.quantiles.cpu(), self._bank.levels.cpu()
-
-    def logits_at(self, rank: float) -> Tensor:
-        return self._bank.logits_at(rank).cpu()
 
     def drop(self, rows: np.ndarray) -> None:
         pass  # nothing to gain: all lenses are one matrix

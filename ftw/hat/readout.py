@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ftw.errors import ConfigError
 from ftw.hat.bank import _interpolate, find_rows
-from ftw.hat.floor import chance_floor, logits_at
+from ftw.hat.floor import chance_floor, logits_at, middle_spread
 from ftw.hat.lineage import Lineage
 from ftw.hat.text import TextBank
 from ftw.hat.timeline import Alarm, Reading, sigmoid
@@ -34,7 +34,6 @@ class Readable(Protocol):
     def rows_of(self, names: Sequence[str], /) -> Tensor: ...
     def rank(self, logits_BN: Tensor, /) -> Tensor: ...
     def background(self) -> tuple[Tensor, Tensor]: ...
-    def logits_at(self, rank: float, /) -> Tensor: ...
     def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor: ...
 
 
@@ -65,9 +64,6 @@ class TextLenses:
     def background(self) -> tuple[Tensor, Tensor]:
         return self._quantiles_NQ, self._levels_Q
 
-    def logits_at(self, rank: float, /) -> Tensor:
-        return logits_at(rank, *self._median_spread)
-
     def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor:
         if lenses is None or not self.calibrated:
             return self.bank.percentile(logits_BN)
@@ -76,8 +72,7 @@ class TextLenses:
 
     @cached_property
     def _median_spread(self) -> tuple[Tensor, Tensor]:
-        median_N, upper_N = (self._quantiles_NQ[:, int((self._levels_Q - q).abs().argmin())] for q in (0.5, 0.99))
-        return median_N, (upper_N - median_N).clamp_min(1e-6)
+        return middle_spread(self._quantiles_NQ, self._levels_Q)
 
 
 class Told(NamedTuple):
@@ -126,7 +121,7 @@ class Readout:
         self._watched_by = guarded(lenses.names, watch, lineage)
         self._guarded_G = lenses.rows_of(list(self._watched_by))
         self._limits_G = self._alarm_logits(0.99 if alarm is None else alarm)
-        self._lead_N = lenses.logits_at(self.floor) if lenses.calibrated else torch.full((len(lenses),), torch.inf)
+        self._lead_N = logits_at(lenses, self.floor) if lenses.calibrated else torch.full((len(lenses),), torch.inf)
 
     def __call__(self, logits_MN: Tensor, asked_MC: Tensor | None = None) -> list[Told]:
         """Read out M tokens; `asked_MC`: rows of further lenses to tell of each."""

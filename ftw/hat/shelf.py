@@ -203,10 +203,6 @@ class Shelf:
         """Quantiles of each lens's logits on background tokens, [N, Q], and the levels they stand for."""
         return self._readings.quantiles.cpu(), self._readings.levels.cpu()
 
-    def logits_at(self, rank: float) -> Tensor:
-        """Logit of each lens at a positive rank, [N]; of a calibrated pack."""
-        return self._readings.logits_at(rank).cpu()
-
     def bring(self, names: Sequence[str]) -> list[str]:
         """Make lenses hot, those least recently asked for leaving; returns which are now, in the order given.
 

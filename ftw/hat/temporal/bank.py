@@ -83,10 +83,6 @@ class SequenceBank(nn.Module):
         """Quantiles of background windows (see `LensBank.background`)."""
         return self.lenses.background()
 
-    def logits_at(self, rank: float, /) -> Tensor:
-        """Logit of each lens at a rank (see `LensBank.logits_at`)."""
-        return self.lenses.logits_at(rank)
-
     def percentile(self, logits_BN: Tensor, lenses: Tensor | None = None, /) -> Tensor:
         """Share of background windows that a logit exceeds."""
         return self.lenses.percentile(logits_BN, lenses)
@@ -174,7 +170,7 @@ class PooledTokens:
         self.bank, self.pool = bank, pool
         self.names, self.layers, self.width, self.calibrated = bank.names, bank.layers, bank.width, bank.calibrated
         self.rows_of, self.rank, self.percentile = bank.rows_of, bank.rank, bank.percentile
-        self.background, self.logits_at = bank.background, bank.logits_at
+        self.background = bank.background
 
     def __len__(self) -> int:
         return len(self.bank)

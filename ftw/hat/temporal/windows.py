@@ -35,7 +35,7 @@ class WindowReader:
         self.names, self.layers, self.width = list(lenses.names), lenses.layers, lenses.width
         self.calibrated = lenses.calibrated
         self.rows_of, self.rank, self.percentile = lenses.rows_of, lenses.rank, lenses.percentile
-        self.background, self.logits_at = lenses.background, lenses.logits_at
+        self.background = lenses.background
         self.begin()
 
     def __len__(self) -> int:
