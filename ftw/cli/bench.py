@@ -31,7 +31,7 @@ def bench(job: BenchJob) -> list[Row]:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     watch, console, rows = Stopwatch(job), Console(), list[Row]()
-    measured_on = machine(watch.device)
+    measured_on = {**machine(watch.device), "clock": job.clock}
     measure: Callable[[Stopwatch], Iterator[Row]] = getattr(
         import_module(f"ftw.bench.{job.bench}"), f"{job.bench}_rows"
     )
@@ -105,7 +105,7 @@ def _where(measured_on: dict[str, Any]) -> str:
     name = measured_on.get("card") or measured_on["processor"]
     return (
         f"{name}, {measured_on['torch_threads']} of {measured_on['cores']} cores, torch {measured_on['torch']}, "
-        f"load {measured_on['load']} before and {measured_on['load_after']} after; ratio: case over baseline"
+        f"{measured_on['clock']} time, load {measured_on['load']} before and {measured_on['load_after']} after; ratio: case over baseline"
     )
 
 

@@ -22,6 +22,14 @@ def test_calls_are_timed_in_turns():
     assert len(times["a"]) == len(times["b"]) >= LEAST_ROUNDS
 
 
+def test_processor_time_does_not_count_waiting():
+    wall, cpu = (
+        stopwatch(clock=clock).times({"sleep": lambda: time.sleep(0.005)}, rounds=3)["sleep"].min()
+        for clock in ("wall", "cpu")
+    )
+    assert wall >= 5 > 2 > cpu
+
+
 def test_a_row_tells_its_ratios_to_baseline_and_floor():
     row = Row(case="c", n=2, d=3, ms=2.0, baseline="b", baseline_ms=8.0, floor_ms=0.5, more={"precision": "int8"})
     assert row.record() == {
@@ -57,7 +65,13 @@ def test_the_machine_is_described_in_plain_data():
 
 
 @pytest.mark.parametrize(
-    ("config", "words"), [({"seconds": 0}, "seconds=0"), ({"threads": 0}, "threads=0"), ({"device": "tpu"}, "cuda")]
+    ("config", "words"),
+    [
+        ({"seconds": 0}, "seconds=0"),
+        ({"threads": 0}, "threads=0"),
+        ({"device": "tpu"}, "cuda"),
+        ({"clock": "sun"}, "wall"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(config: dict, words: str):
     with pytest.raises(ConfigError, match=words):
