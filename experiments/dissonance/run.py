@@ -181,16 +181,15 @@ def scatter(reads: Sequence[Read]) -> Figure:
 
 
 def draw(reads: Sequence[Read], folder: Path) -> None:
-    """All cases as points, and the most dissonant obeyed riddle token by token."""
+    """All cases as points, and the most dissonant hidden answer token by token."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scatter.png").write_bytes(png(scatter(reads), dpi=110))
-    riddles = [r for r in reads if r.case.kind == "riddle" and r.case.hidden and not r.names_it]
-    if not riddles:
-        raise DataError("the substrate obeyed no riddle; there is no example to draw")
-    shown = max(riddles, key=lambda read: read.measures["dissonance"])
-    (folder / "riddle.txt").write_text(f"{shown.case.prompt}\n\n{shown.text}\n", encoding="utf-8")
-    (folder / "riddle.png").write_bytes(png(dissonance_heatmap(shown.dissonance), dpi=110))
-    (folder / "riddle-scatter.png").write_bytes(png(dissonance_scatter(shown.dissonance), dpi=90))
+    hidden = [read for read in reads if read.case.make == "written" and read.case.hidden]
+    # One that keeps to the instruction, if there is any.
+    shown = max(hidden, key=lambda read: (not read.names_it, read.measures["dissonance"]))
+    (folder / "hidden.txt").write_text(f"{shown.case.prompt}\n\n{shown.text}\n", encoding="utf-8")
+    (folder / "hidden.png").write_bytes(png(dissonance_heatmap(shown.dissonance), dpi=110))
+    (folder / "hidden-scatter.png").write_bytes(png(dissonance_scatter(shown.dissonance), dpi=90))
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -213,12 +212,13 @@ def main() -> None:
     parser.add_argument("pack", type=Path, help="a pack of the demo's concepts: `ftw train` leaves one in its run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write figures and texts there")
-    parser.add_argument("--pictures", type=Path, help="folder for scatter.png and riddle.png")
+    parser.add_argument("--pictures", type=Path, help="folder for scatter.png and hidden.png")
     arguments = parser.parse_args()
     pack, substrate = load_pack(arguments.pack), load_substrate()
     pack.check(substrate)
-    if pack.concepts is None or pack.text is None or (unknown := [name for name in THINGS if name not in pack.names]):
-        raise DataError(f"{arguments.pack} lacks text lenses, concepts, or {unknown if pack.concepts else 'all'}")
+    unknown = [name for name in THINGS if name not in pack.names]
+    if pack.concepts is None or pack.text is None or unknown:
+        raise DataError(f"{arguments.pack} is no pack of the demo's concepts with text lenses; it lacks {unknown}")
     wordnet = WordNet.open(fetch("wordnet-3.0").folder)
     kinship = Kinship(pack.concepts, wordnet)
     table = compose(pack.concepts, wordnet, None, ComposeConfig(), arguments.seed)

@@ -49,6 +49,10 @@ class Influence:
         values_N = self.values_N - other.values_N
         return Influence(values_N, self.by_group_GN - other.by_group_GN, self.single_N)
 
+    def of(self, lenses: np.ndarray) -> "Influence":
+        """The part of some concepts, by place or by mask."""
+        return Influence(self.values_N[lenses], self.by_group_GN[:, lenses], self.single_N[lenses])
+
     def mean_draws(self, counts_GR: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """The mean over all concepts as it would be under each draw of groups, and of groups and concepts, [R] each.
 
