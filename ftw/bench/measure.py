@@ -37,8 +37,8 @@ class BenchConfig:
         seconds: a call of a case, beside its baseline and floor; slow calls take at least five rounds.
         threads: of torch; null leaves torch's own number.
         quick: small sizes, to see that everything runs; figures mean nothing.
-        clock: wall, or cpu: processor time of this process, for a machine that others use; with threads=1 that is what a
-            call would take if it were alone (but for the caches and the memory, which are still shared).
+        clock: wall, or cpu: processor time of this process, for a machine that others use; with threads=1 that is what
+            a call would take if it were alone (but for the caches and the memory, which are still shared).
         device: auto (cuda where there is one), cpu or cuda.
         pack: a lens pack to measure on instead of made-up lenses of First Light's size; `monitor` needs one.
         encyclopedia: collected states for `train` to fit on instead of made-up ones.

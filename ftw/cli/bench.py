@@ -105,7 +105,8 @@ def _where(measured_on: dict[str, Any]) -> str:
     name = measured_on.get("card") or measured_on["processor"]
     return (
         f"{name}, {measured_on['torch_threads']} of {measured_on['cores']} cores, torch {measured_on['torch']}, "
-        f"{measured_on['clock']} time, load {measured_on['load']} before and {measured_on['load_after']} after; ratio: case over baseline"
+        f"{measured_on['clock']} time, load {measured_on['load']} before and {measured_on['load_after']} after; "
+        "ratio: case over baseline"
     )
 
 
