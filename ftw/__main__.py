@@ -16,6 +16,7 @@ VERBS = {
     "monitor": "generate with the lenses live",
     "bench": "what reading, loading and training cost, beside a baseline and a floor",
     "timeline": "the story of a saved timeline, in words, pictures and numbers",
+    "pack": "list, fetch, verify, compare, convert and publish packs",
 }
 
 

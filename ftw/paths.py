@@ -76,16 +76,36 @@ def replace_folder(path: Path) -> Iterator[Path]:
     try:
         with explain_full_disk(path):
             yield temporary
-            _sync_tree(temporary)
-            if path.exists():
-                _exchange(temporary, path)  # `temporary` now holds what was there, and is removed
-            else:
-                temporary.rename(path)
-            sync_folder(path.parent)
+            _put(temporary, path)
     finally:
-        if temporary.is_symlink() or temporary.is_file():  # what stood there was a link or a file
-            temporary.unlink()
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(temporary)
+
+
+def install_folder(prepared: Path, path: Path) -> None:
+    """Put a finished folder in the place of `path`, on the same disk; `prepared` is gone afterwards.
+
+    Raises:
+        DiskFullError: the disk has no room; `path` is as it was.
+    """
+    with explain_full_disk(path):
+        _put(prepared, path)
+    _discard(prepared)
+
+
+def _put(prepared: Path, path: Path) -> None:
+    """Flush a folder to disk and put it in the place of `path`; `prepared` then holds what was there, if anything."""
+    _sync_tree(prepared)
+    if path.exists():
+        _exchange(prepared, path)
+    else:
+        prepared.rename(path)
+    sync_folder(path.parent)
+
+
+def _discard(path: Path) -> None:
+    if path.is_symlink() or path.is_file():  # what stood in the place of a folder was a link or a file
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ftw import paths
 from ftw.__main__ import VERBS
 from ftw.cli._help import help_text
-from ftw.cli._schema import BenchJob, ConceptsJob, MonitorJob, TimelineJob, register
+from ftw.cli._schema import BenchJob, ConceptsJob, MonitorJob, PackJob, TimelineJob, register
 from ftw.cli._schema_train import DATA, CollectJob, DemoJob, EvaluateJob, TrainJob
 
 CONF = paths.conf()
@@ -23,6 +23,7 @@ JOBS = {
     "concepts": ConceptsJob,
     "bench": BenchJob,
     "timeline": TimelineJob,
+    "pack": PackJob,
 }
 NEEDED = [
     "substrate=local",
@@ -72,6 +73,7 @@ def test_every_verb_has_a_job_that_composes_and_help_that_names_its_choices(verb
         "concepts": NEEDED[2:4],
         "evaluate": [*NEEDED[:2], *NEEDED[4:]],
         "timeline": [],
+        "pack": [],
     }.get(verb, groups)
     assert isinstance(job(verb, *own), JOBS[verb])
     text = help_text(verb, str(CONF))

@@ -23,14 +23,24 @@ from ftw.cli._schema import BENCHES
 from ftw.errors import ConfigError
 
 # A dry run leaves no folder.
-FLAGS = {"--json": ["json=true"], "--dry-run": ["dry_run=true", "hydra.run.dir=.", "hydra.output_subdir=null"]}
+FLAGS = {
+    "--json": ["json=true"],
+    "--dry-run": ["dry_run=true", "hydra.run.dir=.", "hydra.output_subdir=null"],
+    "--force": ["force=true"],
+    "--trust-pickle": ["trust_pickle=true"],
+}
 FILE_FLAGS = {"bench": ("--json", "--plot")}  # options that take a file
 ALIASES = {"evaluate": {"texts": "data.path"}}
+PACK_ACTIONS = (
+    "list", "status", "info", "pull", "push", "verify", "diff", "convert", "import", "export", "sign", "remove"
+)  # fmt: skip
 ACTIONS = {
     "concepts": {action: f"action={action}" for action in ("show", "build", "verify")},
     "bench": {name: f"bench={name}" for name in BENCHES},
     "timeline": {action: f"action={action}" for action in ("show", "compare")},
 }
+# What words without "=" mean, in their order.
+POSITIONS = {"pack": ("action", "name", "other")}
 # Verbs whose further words without "=" are names of files, and the key that lists them.
 FILES = {"timeline": "files"}
 TEXT_KEYS = ("prompt", "text", "watch_prompt", "generation.system")
@@ -46,6 +56,9 @@ PATH_KEYS = (
     "encyclopedia",
     "plot",
     "manifest",
+    "name",
+    "other",
+    "key",
 )
 # Hydra's options; the second group takes a value.
 OPTIONS = (
@@ -87,8 +100,11 @@ def readable(verb: str, words: Sequence[str]) -> list[str]:
     options: list[str] = []
     result: list[str] = []
     files: list[str] = []
-    rest = iter(words)
+    rest, positions = iter(words), iter(POSITIONS.get(verb, ()))
     for word in rest:
+        if not word.startswith("-") and "=" not in word:
+            position = next(positions, None)
+            word = word if position is None else f"{position}={word}"
         key, equals, value = word.partition("=")
         key = ALIASES.get(verb, {}).get(key, key)
         if key in FILE_FLAGS.get(verb, ()):

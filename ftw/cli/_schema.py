@@ -128,6 +128,42 @@ class TimelineJob:
     wandb: str | None = None
 
 
+@dataclass(kw_only=True)
+class PackJob:
+    """`ftw pack`.
+
+    Attributes:
+        action: what to do. name: of a pack of the registry, or a folder. other: the second pack of a diff.
+        kind: lens or concept. version, levels: of a pull; of an import, its version. org, repo: where on the Hub.
+        out: name or folder of what is made. precision, rank: of a conversion (rank 0 keeps the basis as it is).
+        encyclopedia: folder of states that a conversion is fitted to and judged on.
+        fingerprint, layer: of the model that an imported pack was trained on, and which of its layers.
+        private: whether a new repository is. force: replace or delete what is only here. key: a signature's, a file.
+        trust_pickle: open pickled text lenses of an import, which run code; in a process of its own, after a scan.
+    """
+
+    action: str = "list"
+    name: str | None = None
+    other: str | None = None
+    kind: str = "lens"
+    version: str | None = None
+    levels: list[int] | None = None
+    org: str | None = None
+    repo: str | None = None
+    out: str | None = None
+    precision: str | None = None
+    rank: int = 0
+    encyclopedia: str | None = None
+    fingerprint: str = ""
+    layer: int | None = None
+    private: bool = True
+    force: bool = False
+    key: str | None = None
+    trust_pickle: bool = False
+    dry_run: bool = False
+    json: bool = False
+
+
 def register(verb: str, job: type, data: Mapping[str, type]) -> None:
     """Tell Hydra the schema of a verb's job and of the kinds of data it takes."""
     store = ConfigStore.instance()

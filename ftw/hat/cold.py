@@ -26,7 +26,7 @@ from ftw.hat.lens import HeadConfig
 from ftw.hat.slots import Slots
 from ftw.hat.store import LensStack, calibration_from_tensors, check_tensor, stack_from_tensors
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 CHUNK_BYTES = 8 * 2**20  # what is read and folded at once: stays in the cache between the two
 SMALL_BYTES = 2 * 2**10  # rows up to here are kept in memory for all lenses
 READERS, PARALLEL_BYTES = 2, 4 * 2**20  # threads that read, and bytes from which a second one is worth it
@@ -155,7 +155,7 @@ class ColdLenses:
         self._small = {
             name: check_tensor(whole, name, (len(self.names), *field.shape[1:]), where)
             for name, field in fields.items()
-            if field.row_bytes <= SMALL_BYTES
+            if field.row_bytes <= SMALL_BYTES and field.dtype != torch.int8
             for whole in [{name: torch.cat([file.read_all(name) for file in self._files])}]
         }
         self._wide = {name: field for name, field in fields.items() if name not in self._small}

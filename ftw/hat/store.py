@@ -23,6 +23,7 @@ from ftw.hat.basis import Basis
 from ftw.hat.lens import Head, HeadConfig, find_rows
 from ftw.hat.mlp import MLPHead
 from ftw.hat.pooling import Pooling
+from ftw.hat.product import stored
 from ftw.hat.temporal.bank import SequenceBank
 from ftw.hat.temporal.families import UNITS, described
 from ftw.hat.temporal.sequence import SequenceHead
@@ -159,7 +160,7 @@ def stack_from_tensors(
         PackError: a tensor is missing, of another shape, or not finite; names file and tensor.
     """
     num, num_layers = len(names), len(layers)
-    read_width, encoder = basis_rank or width, None
+    lens, read_width, encoder = dequantised(lens), basis_rank or width, None
     if head.family == "trunk_lstm":
         encoder = _trunk(trunk or {}, num_layers, read_width, head.hidden or UNITS, where)
         read_width = 2 * encoder.hidden
@@ -205,6 +206,42 @@ def calibration_from_tensors(
         found["levels_Q"] = _ascending(calibration, "levels", (calibration["quantiles"].shape[-1],), where)
         found["quantiles_NQ"] = _ascending(calibration, "quantiles", (num, len(found["levels_Q"])), where)
     return found
+
+
+LARGEST = 1e12  # a lens's products with another of its numbers stay within float32
+# The wide tensors of each family: what a precision other than float32 is for. The rest is a thousandth of the bytes.
+WIDE = {"weight": ("weight",), "w1": ("w1", "w2")}
+
+
+def quantised(tensors: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
+    """Lens tensors as a file of that precision holds them: int8 comes with a step a row, `w2` of an MLP stays bfloat16.
+
+    Raises:
+        ConfigError: no such precision. PackError: lenses of a family that has no other form.
+    """
+    if precision == "float32":
+        return dict(tensors)
+    family = next((first for first in WIDE if first in tensors), None)
+    if family is None:
+        raise PackError(f"lenses of this family are stored in float32 only, not in {precision}")
+    first, *further = WIDE[family]
+    weight, step = stored(tensors[first].float(), precision)
+    kept = {**tensors, first: weight, **{name: tensors[name].bfloat16() for name in further}}
+    return kept if step is None else {**kept, f"{first}_step": step}
+
+
+def dequantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Lens tensors in floats, whatever `quantised` made of them."""
+    plain = {name: tensor for name, tensor in tensors.items() if not name.endswith("_step")}
+    for name, step in tensors.items():
+        first = name.removesuffix("_step")
+        if name.endswith("_step") and first in plain and plain[first].dtype == torch.int8:
+            if step.shape != plain[first].shape[:-1] or not step.is_floating_point():
+                raise PackError(
+                    f"tensor {name!r} has shape {tuple(step.shape)}, not one step for each row of {first!r}"
+                )
+            plain[first] = plain[first].float() * step.float().unsqueeze(-1)
+    return plain
 
 
 def head_of(stack: LensStack) -> HeadConfig:
@@ -271,18 +308,19 @@ def check_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...
     tensor = tensors[name]
     if tuple(tensor.shape) != shape:
         raise PackError(f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, its index says {shape}")
-    if not tensor.is_floating_point() or not is_finite(tensor):
-        raise PackError(f"{where}: tensor {name!r} is {tensor.dtype} or holds numbers that are not finite")
-    exact = tensor.float()
-    if not is_finite(exact):
-        raise PackError(f"{where}: tensor {name!r} holds numbers beyond float32")
-    return exact
+    if not tensor.is_floating_point() or not is_sane(tensor):
+        raise PackError(
+            f"{where}: tensor {name!r} is {tensor.dtype} or holds numbers that are not finite, or beyond {LARGEST:.0e}"
+        )
+    return tensor.float()
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every number is finite."""
-    # What is not finite shows in the sum, which takes one pass and no memory; large numbers may overflow it.
-    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
+def is_sane(tensor: Tensor) -> bool:
+    """Whether every number is finite and of a size that a lens can have."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # one pass, no memory; a number that is none makes both none
+    return bool(low >= -LARGEST) and bool(high <= LARGEST)
 
 
 def _ascending(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], where: str) -> Tensor:

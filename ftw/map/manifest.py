@@ -5,11 +5,14 @@ It shows that a pack is whole and unchanged since it was written; it does not sh
 
 import hashlib
 import json
+import re
 from pathlib import Path, PurePosixPath
 
 from ftw.errors import PackError
 
 NAME = "MANIFEST.json"
+PARTIAL = ".levels.json"  # beside the manifest of a pack of which only some levels were fetched
+BESIDE = ("README.md", "MANIFEST.sig")  # what may change after a pack was packed: its page, who vouches for it
 MAX_JSON_BYTES = 256 * 2**20
 
 
@@ -18,13 +21,13 @@ def write_manifest(folder: Path) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != NAME
+        if path.is_file() and path.name not in (NAME, PARTIAL, *BESIDE)
     }
     (folder / NAME).write_text(json.dumps({"schema": 1, "files": files}, indent=1) + "\n")
 
 
 def verify_manifest(folder: Path, *, hashes: bool = True) -> list[str]:
-    """Check every listed file; returns their names.
+    """Check every listed file of the levels that are here; returns their names.
 
     Args:
         hashes: also hash the contents, not only sizes.
@@ -36,7 +39,9 @@ def verify_manifest(folder: Path, *, hashes: bool = True) -> list[str]:
     listed = read_json(folder / NAME).get("files")
     if not isinstance(listed, dict):
         raise PackError(f"{folder / NAME} lists no files; the pack was not written by FTW or is damaged")
+    levels = installed_levels(folder)
     try:
+        listed = {name: entry for name, entry in listed.items() if levels is None or level_of(name) in {None, *levels}}
         for name, entry in listed.items():
             _verify_file(folder, name, entry, hashes=hashes)
         if unlisted := [name for name in _readable_names(folder) if name not in listed]:
@@ -44,6 +49,26 @@ def verify_manifest(folder: Path, *, hashes: bool = True) -> list[str]:
     except OSError as error:
         raise PackError(f"pack {folder} cannot be read ({error}); fetch or train the pack again") from error
     return list(listed)
+
+
+def installed_levels(folder: Path) -> list[int] | None:
+    """Levels of a pack of which only some were fetched; None for a whole one.
+
+    Raises:
+        PackError: the note of them is no list of levels.
+    """
+    if not (folder / PARTIAL).exists():
+        return None
+    levels = read_json(folder / PARTIAL).get("levels")
+    if not isinstance(levels, list) or not levels or not all(type(level) is int and level >= 0 for level in levels):
+        raise PackError(f"{folder / PARTIAL} lists levels {levels!r:.60}; fetch the pack again")
+    return sorted(set(levels))
+
+
+def level_of(name: str) -> int | None:
+    """Level that a file of a pack belongs to; None for those of all levels."""
+    match = re.match(r"layer(\d{1,4})/", name)
+    return int(match[1]) if match else None
 
 
 def _readable_names(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ Axes: N lenses, L layers.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,77 +19,19 @@ from ftw.errors import FTWError, PackError
 from ftw.hat.bank import LensBank
 from ftw.hat.lens import HeadConfig
 from ftw.hat.pooling import Pooling, pooling_from_tensors
-from ftw.hat.store import LensStack, head_of, read_tensors, stack_from_tensors, write_tensors
+from ftw.hat.store import LensStack, head_of, quantised, read_tensors, stack_from_tensors, write_tensors
 from ftw.hat.temporal.bank import POOLS, PooledTokens, SequenceReader
 from ftw.hat.text import TextBank
+from ftw.map import versions
 from ftw.map.concept import ConceptPack
-from ftw.map.manifest import read_json, safe_member, verify_manifest, write_manifest
+from ftw.map.levels import InstalledRows, installed_rows
+from ftw.map.manifest import level_of, read_json, safe_member, write_manifest
+from ftw.map.recipe import PER_LENS, Recipe
+from ftw.map.verified import verify_pack
+from ftw.map.versions import History
 from ftw.substrate.model import Substrate
 
 SCHEMA = 1
-PER_LENS = "per lens"
-
-
-@dataclass(kw_only=True)
-class Recipe:
-    """How states were read and lenses fitted; reading must do the same.
-
-    Attributes:
-        substrate, fingerprint, width: the language model. dtype: of its weights when states were collected.
-        layers: blocks whose outputs are read. normalisation: of each token's state, before any lens.
-        pooling: what a decision about a whole text is made of: a pool, or "per lens" (chosen for each).
-        max_tokens: of a text, in training.
-        family, hidden, basis_rank: of the lenses. prior: base rate that probabilities are for.
-        solver, l2, penalties, shrinkage, folds and seed: of the fit.
-    """
-
-    substrate: str
-    fingerprint: str
-    width: int
-    dtype: str
-    precision: str
-    layers: list[int]
-    normalisation: str = (
-        "layer norm per token (float32, no parameters); features standardised by training rows, folded in"
-    )
-    pooling: str = "mean"
-    max_tokens: int = 128
-    family: str = "linear"
-    hidden: int = 0
-    basis_rank: int = 0
-    calibration: str = "Platt per layer on out-of-fold rows, mean over layers, Platt again; balanced prior"
-    prior: float = 0.5
-    solver: str = "adamw"
-    l2: float = 0.0
-    penalties: list[float] = field(default_factory=list)
-    shrinkage: float = 0.0
-    folds: int = 0
-    seed: int = 0
-    num_texts: int = 0
-    encyclopedia: str = ""
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Recipe":
-        """A recipe from a file that may be hostile.
-
-        Raises:
-            PackError: a value of another type than the recipe's, or a size that cannot be.
-        """
-        types = {entry.name: entry.type for entry in fields(cls)}
-        for name, value in values.items():
-            expected = types.get(name, str)
-            fits = {
-                str: isinstance(value, str),
-                int: type(value) is int and 0 <= value < 2**31,
-                float: isinstance(value, int | float) and not isinstance(value, bool),
-                list[float]: isinstance(value, list) and all(isinstance(item, int | float) for item in value),
-            }.get(expected, isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value))
-            if not fits:
-                raise PackError(f"the recipe says {name}={value!r:.60}, which is no {expected}; fetch the pack again")
-        recipe = cls(**values)
-        if not recipe.layers or len(set(recipe.layers)) != len(recipe.layers) or recipe.width < 1:
-            raise PackError(f"the recipe reads layers {recipe.layers} of width {recipe.width}; fetch the pack again")
-        return recipe
 
 
 @dataclass(kw_only=True)
@@ -101,7 +43,9 @@ class LensPack:
         stack: the lenses. recipe: how they were made.
         levels: level of each concept in its hierarchy.
         concepts: the concept pack, or None (labelled data has no hierarchy).
-        text: one text lens a concept, or None. metrics: held-out figures by concept.
+        text: one text lens a concept, or None.
+        metrics: held-out figures by concept. mean_metrics: their means, with intervals of their own.
+        history: earlier versions. stored: precision of the weights on disk.
         provenance: command, versions, inputs with hashes, time; plain data.
     """
 
@@ -113,6 +57,9 @@ class LensPack:
     concepts: ConceptPack | None = None
     text: TextBank | None = None
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mean_metrics: dict[str, Any] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+    stored: str = "float32"
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -152,6 +99,7 @@ class LensPack:
         layer<level>/results.json           row -> concept, with metrics
         calibration.safetensors             rows in the order of the levels
         text.safetensors, text.json         text lenses
+        version_manifest.json               hash of every lens, and what changed in each version
         MANIFEST.json                       size and sha256 of every file
         """
         folder = Path(folder)
@@ -159,7 +107,9 @@ class LensPack:
         with paths.replace_folder(folder) as temporary:
             for level, names in by_level.items():
                 part = self.stack.rows(names)
-                write_tensors(temporary / f"layer{level}" / "lenses.safetensors", part.lens_tensors())
+                write_tensors(
+                    temporary / f"layer{level}" / "lenses.safetensors", quantised(part.lens_tensors(), self.stored)
+                )
                 if part.pooling is not None:
                     write_tensors(temporary / f"layer{level}" / "pooling.safetensors", part.pooling.tensors())
                 results = [
@@ -192,9 +142,12 @@ class LensPack:
                     "sha256": self.concepts.content_hash(),
                 },
                 "recipe": asdict(self.recipe),
+                "stored": self.stored,
+                "metrics": self.mean_metrics,
                 "provenance": self.provenance,
             }
             _write_json(temporary / "pack_info.json", info)
+            _write_json(temporary / versions.FILE, versions.version_json(self))
             write_manifest(temporary)
         return folder
 
@@ -206,21 +159,26 @@ class LensPack:
             PackError: the pack is damaged, hostile, of another version, or has no such level.
         """
         folder = Path(folder)
-        verify_manifest(folder)
+        _, files = verify_pack(folder, only=[])
         info = read_info(folder)
         try:
+            here = installed_rows(folder, info, levels)
+            verify_pack(folder, only={name for name in files if level_of(name) in {None, *here.levels}})
             recipe = Recipe.from_json(info["recipe"])
-            names_of = read_rows(folder, {int(level): int(num) for level, num in info["levels"].items()})
-            stack = _read_stack(folder, recipe, names_of)
-            pack = cls(
+            names_of = read_rows(folder, here.levels)
+            stack = _read_stack(folder, recipe, names_of, here)
+            return cls(
                 pack_id=str(info["pack_id"]),
                 version=str(info["version"]),
                 stack=stack,
                 recipe=recipe,
                 levels={name: level for level, rows in names_of.items() for name in rows},
                 concepts=read_concepts(folder, info["concept_pack"]),
-                text=read_text(folder, stack.names),
+                text=read_text(folder, stack.names, here),
                 metrics={name: metrics for rows in names_of.values() for name, metrics in rows.items()},
+                mean_metrics=dict(info.get("metrics", {})),
+                history=_read_history(folder),
+                stored=_precision(info.get("stored", "float32")),
                 provenance=dict(info["provenance"]),
             )
         except PackError:
@@ -240,9 +198,6 @@ class LensPack:
             raise PackError(
                 f"pack {folder} contradicts its own index ({type(error).__name__}: {error}); fetch it again"
             ) from error
-        return (
-            pack if levels is None else pack.subset([name for name in pack.names if pack.levels[name] in set(levels)])
-        )
 
     def subset(self, names: Sequence[str]) -> "LensPack":
         """The pack of some of its lenses.
@@ -263,6 +218,7 @@ class LensPack:
             concepts=self.concepts,
             text=None if self.text is None else self.text.subset(names),
             metrics={name: self.metrics[name] for name in names if name in self.metrics},
+            stored=self.stored,
             provenance=self.provenance,
         )
 
@@ -326,7 +282,9 @@ def read_rows(folder: Path, levels: Mapping[int, int]) -> dict[int, dict[str, di
     return rows_of
 
 
-def _read_stack(folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[str, Any]]) -> LensStack:
+def _read_stack(
+    folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[str, Any]], here: InstalledRows
+) -> LensStack:
     names = [name for rows in names_of.values() for name in rows]
     if len(set(names)) != len(names):
         raise PackError(f"pack {folder}: a concept stands on two levels; fetch the pack again")
@@ -338,9 +296,11 @@ def _read_stack(folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[str
                 raise PackError(
                     f"pack {folder}: layer{level} has {len(rows)} rows in its index, another number in {name!r}"
                 )
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() and not (tensor.dtype == torch.int8 and f"{name}_step" in tensors):
                 raise PackError(f"pack {folder}: tensor {name!r} of layer{level} is {tensor.dtype}; weights are floats")
         parts.append(tensors)
+    if len({frozenset((name, t.dtype, t.shape[1:]) for name, t in part.items()) for part in parts}) > 1:
+        raise PackError(f"pack {folder}: its levels differ in the names, types or shapes of their tensors")
     lens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     stack = stack_from_tensors(
         names=names,
@@ -348,7 +308,7 @@ def _read_stack(folder: Path, recipe: Recipe, names_of: Mapping[int, Mapping[str
         width=recipe.width,
         head=HeadConfig(family=recipe.family, hidden=recipe.hidden),
         lens=lens,
-        calibration=read_tensors(safe_member(folder, "calibration.safetensors")),
+        calibration=here.of(read_tensors(safe_member(folder, "calibration.safetensors")), str(folder)),
         basis=read_tensors(safe_member(folder, "basis.safetensors")) if recipe.basis_rank else None,
         basis_rank=recipe.basis_rank,
         trunk=read_tensors(safe_member(folder, "trunk.safetensors")) if recipe.family == "trunk_lstm" else None,
@@ -382,7 +342,18 @@ def read_concepts(folder: Path, listed: Mapping[str, Any] | None) -> ConceptPack
     return concepts
 
 
-def read_text(folder: Path, names: list[str]) -> TextBank | None:
+def _precision(word: object) -> str:
+    if word not in ("float32", "bfloat16", "float16", "int8"):
+        raise PackError(f"pack_info.json says stored={word!r:.20}, which is no precision; fetch the pack again")
+    return str(word)
+
+
+def _read_history(folder: Path) -> History:
+    path = safe_member(folder, versions.FILE)
+    return History.from_json(read_json(path)) if path.is_file() else History()
+
+
+def read_text(folder: Path, names: list[str], here: InstalledRows) -> TextBank | None:
     if not (folder / "text.json").is_file():
         return None
     tensors = read_tensors(safe_member(folder, "text.safetensors"))
@@ -392,9 +363,9 @@ def read_text(folder: Path, names: list[str]) -> TextBank | None:
                 f"pack {folder}: text tensor {name!r} is {tensor.dtype} or holds numbers that are not finite"
             )
     text = TextBank.from_tensors(tensors, read_json(folder / "text.json"))
-    if text.names != names:
+    if len(text) != here.total or [name for rows in here.rows for name in text.names[rows]] != names:
         raise PackError(f"pack {folder}: its text lenses are not those of its concepts; fetch the pack again")
-    return text
+    return text if len(names) == here.total else text.subset(names)
 
 
 def head_fields(stack: LensStack) -> dict[str, Any]:

@@ -1,32 +1,27 @@
 """Opening a lens pack without reading it: index files and headers only, all else when it is asked for.
 
-Whether a file is the one that was packed is known from its hash; a hash that was computed once is remembered under
-`home()` for as long as the file's size, times and inode stay the same. The same holds for the concepts of each level,
-whose index carries all metrics.
+Whether a file is the one that was packed is known from its hash, which is computed once (`verified`). The same holds
+for the concepts of each level, whose index carries all metrics.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from ftw import paths
 from ftw.errors import FTWError, PackError
 from ftw.hat.bank import LensBank
 from ftw.hat.cold import ColdLenses
 from ftw.hat.lens import HeadConfig
 from ftw.hat.shelf import Shelf, ShelfConfig
-from ftw.hat.store import is_finite, read_tensors
+from ftw.hat.store import is_sane, read_tensors
 from ftw.hat.text import TextBank
 from ftw.map.concept import ConceptPack
-from ftw.map.manifest import NAME, read_json, safe_member, sha256, verify_manifest
+from ftw.map.levels import InstalledRows, installed_rows
+from ftw.map.manifest import safe_member
 from ftw.map.pack import Recipe, check_substrate, read_concepts, read_info, read_rows, read_text
+from ftw.map.verified import verify_pack
 from ftw.substrate.model import Substrate
 
 
@@ -35,8 +30,8 @@ class PackIndex:
     """A pack, of which only the index is read: concepts, text lenses and weights come when they are first asked for.
 
     Attributes:
-        folder, pack_id, version, recipe: of the pack. rows_of: concepts of each level, in row order.
-        chosen: levels that are read.
+        folder, pack_id, version, recipe: of the pack. rows_of: concepts of each level that is read, in row order.
+        here: which rows of the pack's common tensors are theirs.
     """
 
     folder: Path
@@ -44,7 +39,7 @@ class PackIndex:
     version: str
     recipe: Recipe
     rows_of: dict[int, list[str]]
-    chosen: list[int]
+    here: InstalledRows
 
     @classmethod
     def open(cls, folder: Path | str, *, levels: Sequence[int] | None = None) -> "PackIndex":
@@ -54,31 +49,29 @@ class PackIndex:
             PackError: the pack is damaged, hostile, of another version, or has no such level.
         """
         folder = Path(folder).absolute()
-        known = _verify(folder)
+        known, files = verify_pack(folder)
         info = read_info(folder)
         with _sound(folder):
-            num_of = {int(level): int(num) for level, num in info["levels"].items()}
-            rows = known.get("rows")
-            if rows is None:
-                rows = {str(level): list(names) for level, names in read_rows(folder, num_of).items()}
-                _remember(folder, {**known, "rows": rows})
-            rows_of = {level: [str(name) for name in rows[str(level)]] for level in sorted(num_of)}
-            chosen = [level for level in rows_of if levels is None or level in levels]
-            if not chosen:
-                raise PackError(f"pack {info['pack_id']!r} has no levels {levels}; its levels are {sorted(rows_of)}")
+            all_here, here = installed_rows(folder, info), installed_rows(folder, info, levels)
+            rows = known.facts.get("rows")
+            if rows is None or set(rows) != {str(level) for level in all_here.levels}:
+                rows = {str(level): list(names) for level, names in read_rows(folder, all_here.levels).items()}
+                _check_finite(folder, all_here.levels)
+                known.facts["rows"] = rows
+                known.keep(files)
             return cls(
                 folder=folder,
                 pack_id=str(info["pack_id"]),
                 version=str(info["version"]),
                 recipe=Recipe.from_json(info["recipe"]),
-                rows_of=rows_of,
-                chosen=chosen,
+                rows_of={level: [str(name) for name in rows[str(level)]] for level in here.levels},
+                here=here,
             )
 
     @cached_property
     def levels(self) -> dict[str, int]:
         """Level of each concept in its hierarchy."""
-        return {name: level for level in self.chosen for name in self.rows_of[level]}
+        return {name: level for level, names in self.rows_of.items() for name in names}
 
     @property
     def names(self) -> list[str]:
@@ -103,8 +96,7 @@ class PackIndex:
             PackError: they are damaged, or not those of the pack's concepts.
         """
         with _sound(self.folder):
-            text = read_text(self.folder, [name for names in self.rows_of.values() for name in names])
-        return text if text is None or len(self.chosen) == len(self.rows_of) else text.subset(self.names)
+            return read_text(self.folder, self.names, self.here)
 
     def check(self, substrate: Substrate) -> None:
         """Refuse another substrate than the one the lenses were trained on.
@@ -143,20 +135,14 @@ class PackIndex:
         if head.reads_sequences:
             raise PackError("these lenses read sequences, not single states; read windows: ftw monitor mode=timeline")
         calibration = read_tensors(safe_member(folder, "calibration.safetensors"))
-        if len(self.chosen) < len(self.rows_of):
-            is_read = [level in self.chosen for level, names in self.rows_of.items() for _ in names]
-            rows = {name: tensor for name, tensor in calibration.items() if name != "levels"}
-            if any(len(tensor) != len(is_read) for tensor in rows.values()):
-                raise PackError(f"pack {folder}: calibration of another number of lenses; fetch it again")
-            calibration |= {name: tensor[torch.tensor(is_read)] for name, tensor in rows.items()}
         return ColdLenses(
             names_of={
-                safe_member(folder, f"layer{level}/lenses.safetensors"): self.rows_of[level] for level in self.chosen
+                safe_member(folder, f"layer{level}/lenses.safetensors"): names for level, names in self.rows_of.items()
             },
             layers=tuple(recipe.layers),
             width=recipe.width,
             head=head,
-            calibration=calibration,
+            calibration=self.here.of(calibration, str(folder)),
             basis=read_tensors(safe_member(folder, "basis.safetensors")) if recipe.basis_rank else None,
             basis_rank=recipe.basis_rank,
             where=str(folder),
@@ -187,57 +173,14 @@ def open_shelf(folder: Path | str, config: ShelfConfig | None = None, *, always:
     return Shelf(PackIndex.open(folder).cold(), config, always=always)
 
 
-def _verify(folder: Path) -> dict[str, Any]:
-    """Check every file of a pack, hashing only what has changed; what is known of it.
+def _check_finite(folder: Path, levels: Iterable[int]) -> None:
+    """A lens that is read later, row by row, is not looked through again.
 
     Raises:
-        PackError: as `verify_manifest`; or a tensor with numbers that are not finite.
+        PackError: a number that is not finite.
     """
-    names = verify_manifest(folder, hashes=False)
-    listed = read_json(folder / NAME)["files"]
-    known = _recall(folder)
-    states = {name: [*_state(folder / name), listed[name].get("sha256")] for name in names}
-    changed = [name for name in names if known.get("files", {}).get(name) != states[name]]
-    for name in changed:
-        if sha256(folder / name) != listed[name].get("sha256"):
-            raise PackError(
-                f"pack {folder}: {name!r} is not the file that was packed (sha256 differs); fetch the pack again"
-            )
-        if name.endswith("/lenses.safetensors"):
-            _check_finite(folder / name)
-    if changed or set(known.get("files", {})) != set(states):
-        known = {"schema": 1, "files": states}
-        _remember(folder, known)
-    return known
-
-
-def _check_finite(path: Path) -> None:
-    """A lens that is read later, row by row, is not looked through again."""
-    for name, tensor in read_tensors(path).items():
-        if tensor.is_floating_point() and not all(is_finite(rows) for rows in tensor.split(64)):
-            raise PackError(f"{path}: tensor {name!r} holds numbers that are not finite; do not use this pack")
-
-
-def _state(path: Path) -> tuple[int, int, int, int]:
-    """What changes when a file does; the time of change, unlike that of modification, cannot be set."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
-
-
-def _cache_file(folder: Path) -> Path:
-    return paths.home() / "verified" / f"{hashlib.sha256(str(folder).encode()).hexdigest()[:32]}.json"
-
-
-def _recall(folder: Path) -> dict[str, Any]:
-    path = _cache_file(folder)
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or not ours: everything is verified again
-        return {}
-    usable = isinstance(known, dict) and known.get("schema") == 1 and isinstance(known.get("files"), dict)
-    return known if usable else {}
-
-
-def _remember(folder: Path, known: Mapping[str, Any]) -> None:
-    with paths.replace_file(_cache_file(folder)) as temporary:
-        temporary.write_text(json.dumps(known), encoding="utf-8")
+    for level in levels:
+        path = safe_member(folder, f"layer{level}/lenses.safetensors")
+        for name, tensor in read_tensors(path).items():
+            if tensor.is_floating_point() and not is_sane(tensor):
+                raise PackError(f"{path}: tensor {name!r} holds numbers that are not finite; do not use this pack")

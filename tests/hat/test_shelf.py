@@ -246,14 +246,15 @@ def test_numbers_that_are_no_weights_are_refused_when_a_pack_is_opened_and_found
 
 
 def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from ftw.map import pack_index
+    from ftw.map import verified
 
     folder = save(random_stack(num=12, hidden=6), tmp_path)
     hashed = []
-    original = pack_index.sha256
-    monkeypatch.setattr(pack_index, "sha256", lambda path: hashed.append(path.name) or original(path))
+    original = verified.sha256
+    monkeypatch.setattr(verified, "SETTLED_SECONDS", 0)
+    monkeypatch.setattr(verified, "sha256", lambda path: hashed.append(path.name) or original(path))
     first = PackIndex.open(folder)
-    assert len(hashed) == 6  # pack_info, calibration, two levels of lenses and results
+    assert len(hashed) == 7  # pack_info, version_manifest, calibration, two levels of lenses and results
     hashed.clear()
     assert PackIndex.open(folder) == first
     assert hashed == []

@@ -5,7 +5,6 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,66 +13,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_lenses import random_stack
 from torch import Tensor
+from toy_pack import make_pack
 
 import ftw.hat.store as store
 from ftw.errors import ConceptError, DiskFullError, PackError
 from ftw.hat.store import read_tensors, write_tensors
-from ftw.hat.text import TextBank, TextLens
-from ftw.map.concept import Concept, ConceptPack
 from ftw.map.manifest import NAME, write_manifest
-from ftw.map.pack import LensPack, Recipe, head_fields, load_pack
+from ftw.map.pack import LensPack, load_pack
 from ftw.substrate.model import Substrate
 
-LEVELS = [2, 0, 1, 2, 1, 0]
 KINDS = [
     {"hidden": hidden, "rank": rank, "calibrated": calibrated}
     for hidden in (0, 6)
     for rank in (0, 5)
     for calibrated in (True, False)
 ]
-
-
-def make_pack(*, whole: bool = True, fingerprint: str = "f" * 64, **kind: Any) -> LensPack:
-    """A pack of six random lenses on three levels; `whole` adds a concept pack, text lenses and metrics."""
-    stack = random_stack(**kind)
-    recipe = Recipe(
-        substrate="tiny",
-        fingerprint=fingerprint,
-        width=32,
-        dtype="float32",
-        precision="float32",
-        layers=list(stack.layers),
-        basis_rank=kind.get("rank", 0),
-        **head_fields(stack),
-    )
-    pack = LensPack(
-        pack_id="toy",
-        version="1.2.3",
-        stack=stack,
-        recipe=recipe,
-        levels=dict(zip(stack.names, LEVELS, strict=True)),
-        provenance={"command": "ftw train", "inputs": [{"sha256": "ab"}]},
-    )
-    if not whole:
-        return pack
-    concepts = [
-        Concept(name=name, level=level, parents=[], definition=f"the {name}", lemmas=[name], synsets=[], record={})
-        for name, level in pack.levels.items()
-    ]
-    lenses = [
-        TextLens(
-            name=name, vocabulary=["a cat", name], idf=np.array([1.5, 2]), coefficients=np.array([n, -1.0]), bias=n
-        )
-        for n, name in enumerate(stack.names)
-    ]
-    return replace(
-        pack,
-        concepts=ConceptPack.of("animals", "2.0.0", concepts, {}),
-        text=TextBank.from_lenses(lenses),
-        metrics={name: {"auroc": 0.9 + n / 100, "auroc_low": None} for n, name in enumerate(stack.names)},
-    )
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,7 @@ def finish(
         concepts=concepts,
         text=text.bank,
         metrics=_metrics(fitted, evaluation),
+        mean_metrics={} if evaluation is None else evaluation.to_json()["mean"],
         provenance=provenance,
     )
     return pack, evaluation

@@ -1,0 +1,1 @@
+"""Packs of other programs: read into FTW's form, and written in theirs."""
