@@ -70,7 +70,8 @@ class Case:
     """One text about one concept.
 
     Attributes:
-        make: "written", "masked" or "instructed". kind: of instruction. concept: thought of.
+        make: "written", "masked" or "instructed". kind: of instruction. concept: thought of. pair: of the hidden case
+            and the plain one that differs from it in nothing else.
         hidden: the concept is to be thought and not written.
         prompt: what is asked; "" for a text alone. answer: what is written; "" where the substrate writes it.
     """
@@ -78,6 +79,7 @@ class Case:
     make: str
     kind: str
     concept: str
+    pair: str
     hidden: bool
     prompt: str = ""
     answer: str = ""
@@ -89,16 +91,17 @@ def written() -> Iterator[Case]:
         for place, (concept, thing) in enumerate(THINGS.items()):
             for hidden, form in zip((False, True), forms, strict=True):
                 prompt = form.format(thing=thing, word=concept, other=_other(place, 7))
-                yield Case(make="written", kind=kind, concept=concept, hidden=hidden, prompt=prompt)
+                pair = f"{kind} {concept}"
+                yield Case(make="written", kind=kind, concept=concept, pair=pair, hidden=hidden, prompt=prompt)
 
 
 def masked(table: SampleTable, kinship: Kinship) -> Iterator[Case]:
     """Held-out articles of each concept, as they are and with every word that names it replaced."""
     for concept in THINGS:
         for text in _articles(table, concept):
-            yield Case(make="masked", kind="article", concept=concept, hidden=False, answer=text)
-            answer = mask(text, concept, kinship)
-            yield Case(make="masked", kind="article", concept=concept, hidden=True, answer=answer)
+            shared = {"make": "masked", "kind": "article", "concept": concept, "pair": f"{concept} {text}"}
+            yield Case(**shared, hidden=False, answer=text)
+            yield Case(**shared, hidden=True, answer=mask(text, concept, kinship))
 
 
 def instructed(table: SampleTable) -> Iterator[Case]:
@@ -106,11 +109,9 @@ def instructed(table: SampleTable) -> Iterator[Case]:
     names = list(THINGS)
     for place, concept in enumerate(names):
         for text in _articles(table, names[(place + 5) % len(names)]):
-            for hidden, thing in ((True, THINGS[concept]), (False, _other(place, 11))):
-                prompt = THINK_OF.format(thing=thing, text=text)
-                yield Case(
-                    make="instructed", kind="article", concept=concept, hidden=hidden, prompt=prompt, answer=text
-                )
+            shared = {"make": "instructed", "kind": "article", "concept": concept, "pair": f"{concept} {text}"}
+            for hidden, thing in ((False, _other(place, 11)), (True, THINGS[concept])):
+                yield Case(**shared, hidden=hidden, prompt=THINK_OF.format(thing=thing, text=text), answer=text)
 
 
 def mask(text: str, concept: str, kinship: Kinship) -> str:

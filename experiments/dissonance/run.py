@@ -39,7 +39,8 @@ from ftw.ui.plots import ACCENT, CONTROL, FAINT, STYLE, dissonance_heatmap, diss
 
 MAX_NEW_TOKENS = 40
 WINDOW, LAG_WINDOW, MAX_LAG, CHANCE = 8, 2, 5, 0.05
-BATCH = 24
+BATCH, DRAWS = 24, 2000
+SHOWN_TOKENS = 12
 # Higher where the concept is hidden, if they tell anything: the text reading with its sign turned.
 MEASURES = ("dissonance", "largest window", "size", "activation alone", "text alone", "another concept")
 
@@ -124,7 +125,7 @@ def separation(name: str, reads: Sequence[Read], *, seed: int) -> dict[str, Any]
     labels_C1 = np.array([[read.case.hidden] for read in reads], dtype=np.int8)
     ones_C1, groups = np.ones(labels_C1.shape), np.array([read.case.concept for read in reads])
     scores = {measure: np.array([[read.measures[measure]] for read in reads]) for measure in MEASURES}
-    drawn = bootstrap(scores, labels_C1, ones_C1, groups, draws=2000, seed=seed)
+    drawn = bootstrap(scores, labels_C1, ones_C1, groups, draws=DRAWS, seed=seed)
 
     def edges(drawn_R: np.ndarray) -> list[float]:
         return [round(float(edge), 3) for edge in np.nanquantile(drawn_R, (0.025, 0.975))]
@@ -136,9 +137,32 @@ def separation(name: str, reads: Sequence[Read], *, seed: int) -> dict[str, Any]
     for measure, scores_C1 in scores.items():
         value = round(float(auroc(scores_C1, labels_C1, ones_C1)[0]), 3)
         found[measure] = {"auroc": value, "interval": edges(drawn[measure][:, 0])}
+    for measure in MEASURES:
+        found[measure] |= paired(reads, measure, seed=seed)
     for alone in ("text alone", "activation alone"):
         found[f"dissonance over {alone}"] = edges((drawn["dissonance"] - drawn[alone])[:, 0])
     return found
+
+
+def paired(reads: Sequence[Read], measure: str, *, seed: int) -> dict[str, Any]:
+    """In which share of the pairs the hidden case reads higher, ties half, with an interval over concepts."""
+    pairs: dict[str, dict[bool, Read]] = {}
+    for read in reads:
+        pairs.setdefault(f"{read.case.make} {read.case.pair}", {})[read.case.hidden] = read
+    by_concept: dict[str, list[float]] = {}
+    for pair in pairs.values():
+        if len(pair) == 2:
+            above = np.sign(pair[True].measures[measure] - pair[False].measures[measure])
+            by_concept.setdefault(pair[True].case.concept, []).append(float(above + 1) / 2)
+    won_N, num_N = (np.array([part(shares) for shares in by_concept.values()]) for part in (sum, len))
+    chosen_RN = np.random.default_rng(seed).integers(len(won_N), size=(DRAWS, len(won_N)))
+    low, high = np.quantile(won_N[chosen_RN].sum(axis=1) / num_N[chosen_RN].sum(axis=1), (0.025, 0.975))
+    interval = [round(float(low), 3), round(float(high), 3)]
+    return {
+        "pairs": int(num_N.sum()),
+        "paired": round(float(won_N.sum() / num_N.sum()), 3),
+        "paired_interval": interval,
+    }
 
 
 def lags(reads: Sequence[Read]) -> dict[str, Any]:
@@ -185,21 +209,23 @@ def draw(reads: Sequence[Read], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scatter.png").write_bytes(png(scatter(reads), dpi=110))
     hidden = [read for read in reads if read.case.make == "written" and read.case.hidden]
-    # One that keeps to the instruction, if there is any.
-    shown = max(hidden, key=lambda read: (not read.names_it, read.measures["dissonance"]))
+    # One that is no mere word or two and keeps to the instruction, if there is any.
+    long = [read for read in hidden if read.dissonance.counted.sum() >= SHOWN_TOKENS] or hidden
+    shown = max(long, key=lambda read: (not read.names_it, read.measures["dissonance"]))
     (folder / "hidden.txt").write_text(f"{shown.case.prompt}\n\n{shown.text}\n", encoding="utf-8")
     (folder / "hidden.png").write_bytes(png(dissonance_heatmap(shown.dissonance), dpi=110))
     (folder / "hidden-scatter.png").write_bytes(png(dissonance_scatter(shown.dissonance), dpi=90))
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """The table of separations."""
-    table = Table("cases", "hidden + plain", "naming it", *MEASURES)
-    for row in rows:
-        cells = [f"{row[m]['auroc']:.3f} ({row[m]['interval'][0]:.2f}–{row[m]['interval'][1]:.2f})" for m in MEASURES]
-        naming = f"{row['hidden_naming_it']:.0%} / {row['plain_naming_it']:.0%}"
-        table.add_row(row["cases"], f"{row['hidden']} + {row['plain']}", naming, *cells)
-    Console(width=200).print(table)
+    """The tables of separations: any hidden case against any plain one, and against its own."""
+    for title, value, edges in (("AUROC", "auroc", "interval"), ("share of pairs", "paired", "paired_interval")):
+        table = Table("cases", "hidden + plain", "naming it", *MEASURES, title=title)
+        for row in rows:
+            cells = [f"{row[m][value]:.3f} ({row[m][edges][0]:.2f} – {row[m][edges][1]:.2f})" for m in MEASURES]
+            naming = f"{row['hidden_naming_it']:.0%} / {row['plain_naming_it']:.0%}"
+            table.add_row(row["cases"], f"{row['hidden']} + {row['plain']}", naming, *cells)
+        Console(width=220).print(table)
 
 
 def _share(reads: Sequence[Read]) -> float:
