@@ -97,7 +97,7 @@ def _packs_bank(watch: Stopwatch, random: np.random.Generator) -> tuple[TextBank
         PackError: the pack has none that share a vocabulary of words.
     """
     bank = load_pack(str(watch.config.pack)).text
-    if bank is None or bank.idf is None or bank.chars is not None or not bank.ngrams:
+    if not isinstance(bank, TextBank) or bank.idf is None or bank.chars is not None or not bank.ngrams:
         raise PackError(f"pack={watch.config.pack} has no text lenses over one vocabulary of words; leave pack out")
     words = [gram for gram in bank.vocabulary if " " not in gram]
     return bank, [" ".join(random.choice(words, TEXT_WORDS)) for _ in range(watch.size(100, 10))]

@@ -59,6 +59,8 @@ PATH_KEYS = (
     "name",
     "other",
     "key",
+    "text_encoder",
+    "map.text.encoder",
 )
 # Hydra's options; the second group takes a value.
 OPTIONS = (

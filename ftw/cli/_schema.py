@@ -83,7 +83,8 @@ class MonitorJob:
         window, stride: tokens of a window, and from one to the next, in timeline mode. threshold: probability from
             which a concept is told of a window.
         watch: concepts read at every token; they and all below them alarm above the percentile `alarm` (0.99 if null).
-        text_window: pieces of text that the text lenses read together.
+        text_window: pieces of text that the text lenses read together. text_encoder: of text lenses that embed; null
+            for the one that the pack names.
         levels: of the hierarchy that are read; null for all.
         hat: which lenses are read at each token. manifest: a deployment's rules, a file or the name of a preset.
     """
@@ -98,6 +99,7 @@ class MonitorJob:
     watch: list[str] = field(default_factory=list)
     alarm: float | None = None
     text_window: int = 32
+    text_encoder: str | None = None
     window: int = 20
     stride: int = 5
     threshold: float = 0.5

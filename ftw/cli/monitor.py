@@ -19,11 +19,13 @@ from ftw.errors import ConfigError
 from ftw.hat.deployment import Admission, fingerprint
 from ftw.hat.lineage import Lineage
 from ftw.hat.monitor import MODES, Monitor
+from ftw.hat.text_embedding import EmbeddingBank
 from ftw.hat.timeline import Timeline, TokenReading
 from ftw.map.dynamic import DynamicLensManager
 from ftw.map.live import ResidentConfig
 from ftw.map.pack import LensPack
 from ftw.map.pack_index import PackIndex
+from ftw.substrate.encoder import SentenceEncoder
 from ftw.substrate.model import Substrate
 from ftw.ui.colours import Colour, concept_colours
 from ftw.ui.terminal import LiveTokens
@@ -143,6 +145,8 @@ def _reader(job: MonitorJob, pack: PackIndex, substrate: Substrate, aperture: Dy
     if job.mode != "text":
         bank = pack.bank().stored(job.hat.aperture.precision) if aperture is None else aperture.bank
     text = pack.text if job.mode in ("text", "dual") else None
+    if job.text_encoder is not None and isinstance(text, EmbeddingBank):
+        text = text.using(SentenceEncoder.load(job.text_encoder))
     meta = {"pack": pack.pack_id, "pack_version": pack.version}
     if aperture is not None and aperture.manifest is not None and aperture.admission is not None:
         admitted = aperture.admission.admitted

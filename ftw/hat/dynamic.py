@@ -22,8 +22,8 @@ from ftw.hat.aperture import Aperture, Decision
 from ftw.hat.bank import _interpolate, find_rows
 from ftw.hat.holder import Holder
 from ftw.hat.lineage import Lineage
-from ftw.hat.text import TextBank
-from ftw.hat.text_window import TextWindow
+from ftw.hat.text_embedding import AnyText
+from ftw.hat.text_window import open_window
 from ftw.hat.timeline import sigmoid
 
 ACTIVATION, TEXT = "activation", "text"
@@ -76,7 +76,7 @@ class LiveLenses:
         aperture: Aperture,
         *,
         activation: Holder | None,
-        text: TextBank | None,
+        text: AnyText | None,
         by: str = "probability",
         window_tokens: int = 32,
     ) -> None:
@@ -94,7 +94,7 @@ class LiveLenses:
             )
         self.aperture, self.lineage = aperture, aperture.lineage
         self.activation, self.text, self._by = activation, text, by
-        self.window = None if text is None else TextWindow(text, tokens=window_tokens)
+        self.window = None if text is None else open_window(text, tokens=window_tokens)
         self._place_N = {
             ACTIVATION: _places(self.lineage, () if activation is None else activation.names),
             TEXT: _places(self.lineage, () if text is None else text.names),
@@ -189,7 +189,7 @@ class LiveLenses:
                 self.window.clear()  # a bare piece does not go on with the one before
             self.window.push(token_text)
             self._text_logits_N = self.window.logits().numpy()
-            self.counts["texts_without_known_words"] += not self.window.counts
+            self.counts["texts_without_known_words"] += not self.window.has_words
         if not kinds:
             raise ConfigError("nothing to read: give a hidden_state, a token_text or both")
         return tuple(kinds)
@@ -267,7 +267,7 @@ class LiveLenses:
         return states_BLD
 
 
-def text_percentiles(text: TextBank, logits_M: np.ndarray, places_M: np.ndarray) -> np.ndarray:
+def text_percentiles(text: AnyText, logits_M: np.ndarray, places_M: np.ndarray) -> np.ndarray:
     """Share of background text that the logits of some text lenses exceed, [M]; NaN without background."""
     if text.quantiles_NQ is None or text.levels_Q is None:
         return np.full(len(places_M), np.nan)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ftw.hat.readout import Readout
-from ftw.hat.text import TextBank
-from ftw.hat.text_window import TextWindow
+from ftw.hat.text_embedding import AnyText
+from ftw.hat.text_window import Window, open_window
 from ftw.hat.timeline import Gap, Reading
 
 CANDIDATES = 32  # of each kind: among their strongest, the largest differences are looked for
@@ -27,11 +27,11 @@ class LiveText:
         bank: the text lenses. tokens: of a window.
     """
 
-    def __init__(self, bank: TextBank, *, tokens: int = 32) -> None:
+    def __init__(self, bank: AnyText, *, tokens: int = 32) -> None:
         self.bank, self.tokens = bank, tokens
-        self._windows: dict[int, TextWindow] = {}
+        self._windows: dict[int, Window] = {}
         self._was_prompt: dict[int, bool] = {}
-        TextWindow(bank, tokens=tokens)  # refuses a window of no tokens before anything is generated
+        open_window(bank, tokens=tokens)  # refuses a window of no tokens before anything is generated
         self.num_failed, self.last_error = 0, ""
 
     def begin(self) -> None:
@@ -41,7 +41,7 @@ class LiveText:
 
     def push(self, row: int, piece: str, *, is_prompt: bool, is_special: bool) -> Tensor | None:
         """Logits after the next piece of a sequence, float32 [N]; None for a special token, which is no text."""
-        window = self._windows.setdefault(row, TextWindow(self.bank, tokens=self.tokens))
+        window = self._windows.setdefault(row, open_window(self.bank, tokens=self.tokens))
         begins = self._was_prompt.get(row, False) and not is_prompt
         self._was_prompt[row] = is_prompt
         if is_special or begins:

@@ -25,7 +25,7 @@ from ftw.hat.readout import Readout, TextLenses
 from ftw.hat.recorder import Bank, OnToken, Recorder
 from ftw.hat.temporal.bank import PooledTokens, SequenceBank, SequenceReader
 from ftw.hat.temporal.windows import WindowReader
-from ftw.hat.text import TextBank
+from ftw.hat.text_embedding import AnyText
 from ftw.hat.text_window import text_timeline
 from ftw.hat.timeline import Timeline, TokenReading
 from ftw.substrate.model import Substrate
@@ -67,7 +67,7 @@ class Monitor:
         substrate: Substrate,
         bank: "LensBank | SequenceReader | Bank | None" = None,
         *,
-        text: TextBank | None = None,
+        text: AnyText | None = None,
         mode: str | None = None,
         top_k: int = 5,
         watch: Sequence[str] = (),

@@ -17,7 +17,7 @@ from ftw.errors import ConfigError
 from ftw.hat.bank import _interpolate, find_rows
 from ftw.hat.floor import chance_floor, logits_at, middle_spread
 from ftw.hat.lineage import Lineage
-from ftw.hat.text import TextBank
+from ftw.hat.text_embedding import AnyText
 from ftw.hat.timeline import Alarm, Reading, sigmoid
 
 BISECTIONS, LOGIT_LIMIT = 60, 1e4
@@ -40,7 +40,7 @@ class Readable(Protocol):
 class TextLenses:
     """A text bank as `Readable`: its logits ranked against the background text it was given."""
 
-    def __init__(self, bank: TextBank) -> None:
+    def __init__(self, bank: AnyText) -> None:
         self.bank, self.names = bank, list(bank.names)
         self._quantiles_NQ = torch.empty(len(bank), 0)
         self._levels_Q = torch.empty(0)

@@ -19,6 +19,7 @@ from ftw.errors import ConfigError
 from ftw.hat.floor import chance_floor
 from ftw.hat.readout import TextLenses
 from ftw.hat.text import WORDS, TextBank, char_runs, frequency
+from ftw.hat.text_embedding import AnyText, EmbeddingWindow
 from ftw.hat.timeline import Timeline
 
 TINY = 1e-30  # a norm that every gram's idf of 0 would make 0
@@ -90,6 +91,11 @@ class TextWindow:
     def counts(self) -> dict[int, int]:
         """Rows of the known grams in the window, and how often each stands there; equal to the bank's for `text`."""
         return dict(self._counts)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether the window holds any gram that a lens knows."""
+        return bool(self._counts)
 
     def push(self, piece: str) -> None:
         """Take the next decoded piece; the oldest one leaves a full window."""
@@ -191,7 +197,19 @@ class TextWindow:
             del self._counts[row]
 
 
-def text_timeline(timeline: Timeline, bank: TextBank, *, tokens: int = 32) -> Timeline:
+Window = TextWindow | EmbeddingWindow
+
+
+def open_window(bank: AnyText, *, tokens: int = 32) -> Window:
+    """A window for text lenses of any family.
+
+    Raises:
+        ConfigError: a window of no tokens.
+    """
+    return TextWindow(bank, tokens=tokens) if isinstance(bank, TextBank) else EmbeddingWindow(bank, tokens=tokens)
+
+
+def text_timeline(timeline: Timeline, bank: AnyText, *, tokens: int = 32) -> Timeline:
     """What the text lenses say at every token of a timeline, from the words up to and including that token.
 
     The window is emptied at special tokens and where the answer begins: what the model has written is set against what
@@ -203,7 +221,7 @@ def text_timeline(timeline: Timeline, bank: TextBank, *, tokens: int = 32) -> Ti
     Returns:
         A timeline of the same tokens with the bank's concepts; percentiles are NaN if the bank has no background.
     """
-    window, width = TextWindow(bank, tokens=tokens), len(bank)
+    window, width = open_window(bank, tokens=tokens), len(bank)
     logits_TN = torch.full((len(timeline), width), torch.nan)
     for position, piece in enumerate(timeline.tokens):
         begins = position > 0 and timeline.is_prompt[position - 1] and not timeline.is_prompt[position]

@@ -22,6 +22,7 @@ from ftw.hat.pooling import Pooling, pooling_from_tensors
 from ftw.hat.store import LensStack, head_of, quantised, read_tensors, stack_from_tensors, write_tensors
 from ftw.hat.temporal.bank import POOLS, PooledTokens, SequenceReader
 from ftw.hat.text import TextBank
+from ftw.hat.text_embedding import FAMILIES, AnyText, EmbeddingBank
 from ftw.map import versions
 from ftw.map.concept import ConceptPack
 from ftw.map.levels import InstalledRows, installed_rows
@@ -55,7 +56,7 @@ class LensPack:
     recipe: Recipe
     levels: dict[str, int]
     concepts: ConceptPack | None = None
-    text: TextBank | None = None
+    text: AnyText | None = None
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     mean_metrics: dict[str, Any] = field(default_factory=dict)
     history: History = field(default_factory=History)
@@ -353,7 +354,7 @@ def _read_history(folder: Path) -> History:
     return History.from_json(read_json(path)) if path.is_file() else History()
 
 
-def read_text(folder: Path, names: list[str], here: InstalledRows) -> TextBank | None:
+def read_text(folder: Path, names: list[str], here: InstalledRows) -> AnyText | None:
     if not (folder / "text.json").is_file():
         return None
     tensors = read_tensors(safe_member(folder, "text.safetensors"))
@@ -362,7 +363,9 @@ def read_text(folder: Path, names: list[str], here: InstalledRows) -> TextBank |
             raise PackError(
                 f"pack {folder}: text tensor {name!r} is {tensor.dtype} or holds numbers that are not finite"
             )
-    text = TextBank.from_tensors(tensors, read_json(folder / "text.json"))
+    description = read_json(folder / "text.json")
+    kind = EmbeddingBank if description.get("family") in FAMILIES else TextBank
+    text = kind.from_tensors(tensors, description)
     if len(text) != here.total or [name for rows in here.rows for name in text.names[rows]] != names:
         raise PackError(f"pack {folder}: its text lenses are not those of its concepts; fetch the pack again")
     return text if len(names) == here.total else text.subset(names)

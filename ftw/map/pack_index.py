@@ -16,7 +16,7 @@ from ftw.hat.cold import ColdLenses
 from ftw.hat.lens import HeadConfig
 from ftw.hat.shelf import Shelf, ShelfConfig
 from ftw.hat.store import is_sane, read_tensors
-from ftw.hat.text import TextBank
+from ftw.hat.text_embedding import AnyText
 from ftw.map.concept import ConceptPack
 from ftw.map.levels import InstalledRows, installed_rows
 from ftw.map.manifest import safe_member
@@ -89,7 +89,7 @@ class PackIndex:
             return read_concepts(self.folder, read_info(self.folder)["concept_pack"])
 
     @cached_property
-    def text(self) -> TextBank | None:
+    def text(self) -> AnyText | None:
         """The text lenses, or None; tens to hundreds of megabytes.
 
         Raises:

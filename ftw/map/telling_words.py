@@ -16,6 +16,7 @@ import numpy as np
 
 from ftw.hat.store import LensStack
 from ftw.hat.text import CHARS_MARK, TextBank
+from ftw.hat.text_embedding import AnyText
 from ftw.map import metrics
 from ftw.map.bootstrap import bootstrap
 from ftw.map.concept import ConceptPack
@@ -72,7 +73,7 @@ class HeldOut:
 def telling_words(
     name: str,
     concepts: ConceptPack | None,
-    text: TextBank | None,
+    text: AnyText | None,
     positives: Sequence[str],
     negatives: Sequence[str],
     num: int,
@@ -85,7 +86,7 @@ def telling_words(
     if concepts is not None and name in concepts:
         lemmas = concepts[name].lemmas or [concepts[name].term]
     found = [re.sub(r"[_\s]+", " ", _spaced(lemma)).strip().lower() for lemma in lemmas]
-    if text is not None and name in text.names:
+    if isinstance(text, TextBank) and name in text.names:
         found += _strongest_words(text.subset([name]), positives, negatives, num)
     return list(dict.fromkeys(word for word in found if word))
 
@@ -124,7 +125,7 @@ def remove_words(
     *,
     stack: LensStack,
     reader: TextReader,
-    text: TextBank | None,
+    text: AnyText | None,
     most: int,
     seed: int,
 ) -> list[WordsRemoved | None]:

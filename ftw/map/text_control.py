@@ -25,9 +25,11 @@ from sklearn.linear_model import LogisticRegression
 
 from ftw.errors import ConfigError, DataError
 from ftw.hat.text import LONGEST_GRAM, TextBank, grams
+from ftw.hat.text_embedding import FAMILIES, AnyText
 from ftw.map.calibrate import background_quantiles, fit_platt
 from ftw.map.samples import SampleTable
 from ftw.map.training.data import group_folds
+from ftw.substrate.encoder import DEFAULT
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ class TextConfig:
     """How the text lenses are fitted.
 
     Attributes:
+        family: "tfidf" (words), "embedding" (logistic regression on sentence embeddings) or "centroid" (cosine to the
+            positive minus cosine to the negative texts). encoder: of the latter two: a name in the lock file, a local
+            folder or a repository on the Hub. Options of words are of no account to them.
         ngrams: longest run of words that is a feature; 0 for none. chars: shortest and longest run of characters within
             a word, for example [3, 5], which also know pieces of words; empty for none.
         min_df: texts that a gram must stand in. max_features: grams kept, the most frequent first; None keeps all.
@@ -58,6 +63,8 @@ class TextConfig:
             lens thousands of weights that say next to nothing, and they are most of a large pack.
     """
 
+    family: str = "tfidf"
+    encoder: str = DEFAULT
     ngrams: int = 2
     chars: list[int] = field(default_factory=list)
     c: float = 10.0
@@ -81,6 +88,8 @@ class TextConfig:
             raise ConfigError(f"text lenses: chars={self.chars}; give the shortest and the longest run, as in [3, 5]")
         if not self.ngrams and not self.chars:
             raise ConfigError("text lenses: ngrams=0 and no chars leave no features; set one of them")
+        if self.family not in ("tfidf", *FAMILIES):
+            raise ConfigError(f"text lenses: family={self.family!r}; choose tfidf, {', '.join(FAMILIES)}")
         if self.class_weight not in (None, "balanced"):
             raise ConfigError(f"text lenses: class_weight={self.class_weight!r}; choose balanced or null")
         if self.folds == 1 or self.folds < 0:
@@ -120,13 +129,13 @@ class _Marks(NamedTuple):
 class FittedText(NamedTuple):
     """Text lenses, and the calibrated out-of-fold logits of each one's marked texts (NaN where no fold gave one)."""
 
-    bank: TextBank
+    bank: AnyText
     held_out: list[np.ndarray]
 
 
 def fit_text_bank(
     table: SampleTable, config: TextConfig | None = None, *, rows: np.ndarray | None = None, progress: bool = True
-) -> TextBank:
+) -> AnyText:
     """The bank of `fit_text_lenses`."""
     return fit_text_lenses(table, config, rows=rows, progress=progress).bank
 
@@ -146,6 +155,11 @@ def fit_text_lenses(
         DataError: there are no texts, no words in them, or no concept has two classes.
     """
     config = config or TextConfig()
+    if config.family in FAMILIES:
+        # Imported here: it fits with what stands below.
+        from ftw.map.text_embedding import fit_embedding_lenses
+
+        return fit_embedding_lenses(table, config, rows=rows, progress=progress)
     rows = table.where("train") if rows is None else np.unique(rows)
     vectoriser, features_SV = _features(table, rows, config)
     marks = _marks(table, rows, config)
@@ -220,11 +234,15 @@ def slimmed(bank: TextBank, features_SV: sparse.csr_matrix, kept: float) -> Text
 
 
 def _with_background(bank: TextBank, table: SampleTable, rows: np.ndarray, config: TextConfig) -> TextBank:
-    """Percentiles from the split "background"; without one from the training texts, as for activation lenses."""
+    windows = background_windows(table, rows, config)
+    return with_percentiles(bank, windows) if windows else bank
+
+
+def background_windows(table: SampleTable, rows: np.ndarray, config: TextConfig) -> list[str]:
+    """Windows of the split "background"; without one of the training texts, as for activation lenses; or none."""
     background = table.where("background")
     texts = [table.texts[row] for row in (background if len(background) else rows)]
-    windows = window_texts(texts, words=config.window_words, limit=config.num_windows) if config.window_words else []
-    return with_percentiles(bank, windows) if windows else bank
+    return window_texts(texts, words=config.window_words, limit=config.num_windows) if config.window_words else []
 
 
 def _marks(table: SampleTable, rows: np.ndarray, config: TextConfig) -> list[_Marks]:

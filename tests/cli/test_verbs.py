@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from toy_encoder import toy_encoder
 from toy_run import ToyRun, run_verb
 
 from ftw.cli import _run
@@ -176,6 +177,23 @@ def test_monitor_keeps_to_a_deployment_manifest(toy: ToyRun, capsys: pytest.Capt
         with pytest.raises(SystemExit):
             run_verb("monitor", *words, *wrong)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["embedding", "centroid"])
+def test_text_lenses_over_embeddings_are_trained_and_read_live(
+    toy: ToyRun, capsys: pytest.CaptureFixture[str], family: str
+):
+    encoder = toy_encoder(toy.folder / "encoder")
+    text = [f"map.text.family={family}", f"map.text.encoder={encoder}", f"hydra.run.dir={family}"]
+    run_verb("train", *toy.training, "debug=fast", *text)
+    capsys.readouterr()
+    words = [f"pack={family}/pack", "prompt=The whale", "generation.max_new_tokens=3", "mode=dual", "--json"]
+    run_verb("monitor", *toy.substrate, *words, f"text_encoder={encoder}")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["concept"] for line in lines for row in line["text"]} == {"whale", "car"}
+    with pytest.raises(SystemExit):
+        run_verb("monitor", *toy.substrate, *words)
+    assert "give the encoder: text_encoder=FOLDER" in capsys.readouterr().err
 
 
 def test_demo_adds_a_live_reading_to_a_training(toy: ToyRun, capsys: pytest.CaptureFixture[str]):

@@ -25,7 +25,7 @@ from torch import Tensor
 from ftw.errors import DataError
 from ftw.hat.lens import Head, HeadConfig
 from ftw.hat.store import LensStack
-from ftw.hat.text import TextBank
+from ftw.hat.text_embedding import AnyText
 from ftw.map.calibrate import background_quantiles, best_f1_threshold, fit_platt, fpr_threshold
 from ftw.map.controls import control_scores
 from ftw.map.encyclopedia import Encyclopedia
@@ -158,7 +158,7 @@ def evaluate_stack(
     *,
     config: EvaluateConfig,
     pool: str = "mean",
-    text: TextBank | None = None,
+    text: AnyText | None = None,
     texts: Sequence[str] | None = None,
     shuffled: list[list[Head]] | None = None,
 ) -> Evaluation:

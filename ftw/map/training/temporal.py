@@ -23,7 +23,7 @@ from ftw.errors import ConfigError, DataError
 from ftw.hat.lens import HeadConfig
 from ftw.hat.store import LensStack
 from ftw.hat.temporal.bank import SequenceBank
-from ftw.hat.text import TextBank
+from ftw.hat.text_embedding import AnyText
 from ftw.map import sequence_figures
 from ftw.map.calibrate import background_quantiles, best_f1_threshold, fit_platt, fpr_threshold
 from ftw.map.concept import ConceptPack
@@ -174,7 +174,7 @@ def evaluate_sequences(
     config: EvaluateConfig,
     concepts: ConceptPack | None = None,
     words: SampleTable | None = None,
-    text: TextBank | None = None,
+    text: AnyText | None = None,
     controls: dict[str, LensStack] | None = None,
     shuffled: LensStack | None = None,
 ) -> Evaluation:
