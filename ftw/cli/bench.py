@@ -103,10 +103,10 @@ def _picture(job: BenchJob) -> Path | None:
 def _where(measured_on: dict[str, Any]) -> str:
     """The machine in a line."""
     name = measured_on.get("card") or measured_on["processor"]
+    threads, cores = measured_on["torch_threads"], measured_on["cores"]
     return (
-        f"{name}, {measured_on['torch_threads']} of {measured_on['cores']} cores, torch {measured_on['torch']}, "
-        f"{measured_on['clock']} time, load {measured_on['load']} before and {measured_on['load_after']} after; "
-        "ratio: case over baseline"
+        f"{name}, {threads} of {cores} cores, torch {measured_on['torch']}, {measured_on['clock']} time, load "
+        f"{measured_on['load']} before and {measured_on['load_after']} after; ratio: case over baseline"
     )
 
 

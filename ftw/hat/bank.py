@@ -19,10 +19,10 @@ from ftw.hat.basis import Basis
 from ftw.hat.floor import middle_spread
 from ftw.hat.lens import Head, enlarged, find_rows
 from ftw.hat.linear import LinearHead
+from ftw.hat.percentile import interpolate
 from ftw.hat.slots import Slots
 
 NORM_EPS = 1e-5
-MANY_VALUES, VALUES_AT_ONCE = 4096, 16384  # percentiles that are worth a search of their own; that stay in the cache
 
 
 def normalise(states: Tensor) -> Tensor:
@@ -223,9 +223,9 @@ class LensBank(nn.Module):
         if not self.calibrated:
             return torch.full_like(logits_BN, torch.nan)
         if lenses is None:
-            return _interpolate(logits_BN.T, self.quantiles, self.levels).T
+            return interpolate(logits_BN.T, self.quantiles, self.levels).T
         flat = lenses.flatten()
-        return _interpolate(logits_BN.reshape(-1, 1), self.quantiles[flat], self.levels).view_as(logits_BN)
+        return interpolate(logits_BN.reshape(-1, 1), self.quantiles[flat], self.levels).view_as(logits_BN)
 
     def rank(self, logits_BN: Tensor) -> Tensor:
         """What lenses are compared by: distance from the background median in units of its upper spread.
@@ -336,47 +336,6 @@ def build_bank(
         levels_Q=levels_Q,
         basis=basis,
     )
-
-
-def _interpolate(logits_MB: Tensor, quantiles_MQ: Tensor, levels_Q: Tensor) -> Tensor:
-    """Percentile of each value in its row's quantiles, [M, B]; a value on a flat step stands in its middle."""
-    rows = max(1, VALUES_AT_ONCE // max(1, logits_MB.shape[1]))
-    if logits_MB.device.type == "cpu" and len(logits_MB) > rows:
-        parts = zip(logits_MB.split(rows), quantiles_MQ.split(rows), strict=True)
-        return torch.cat([_interpolate(part_MB, part_MQ, levels_Q) for part_MB, part_MQ in parts])
-    quantiles_MQ, logits_MB = quantiles_MQ.contiguous(), logits_MB.contiguous()  # torch warns of anything else
-    below = _num_below(logits_MB, quantiles_MQ)
-    low, high = quantiles_MQ.gather(1, below), quantiles_MQ.gather(1, below + 1)
-    share = (logits_MB - low).div_((high - low).clamp_min_(1e-12)).clamp_(0, 1)  # NaN stays NaN
-    low_level, high_level = (
-        side_Q.index_select(0, below.flatten()).view_as(share) for side_Q in (levels_Q[:-1], levels_Q[1:])
-    )
-    percentile = torch.lerp(low_level, high_level, share)
-    if percentile.device.type != "cpu" or (levels_Q[0], levels_Q[-1]) != (0, 1):  # else the ends are 0 and 1 already
-        percentile = percentile.masked_fill(logits_MB > quantiles_MQ[:, -1:], 1.0)
-        percentile = percentile.masked_fill(logits_MB < quantiles_MQ[:, :1], 0.0)
-    # Values that equal a quantile are rare (constant lenses, the extremes); two searches cost more than all the rest.
-    met = (low == logits_MB) | (high == logits_MB)
-    if met.any():
-        rows_R = met.any(dim=1).nonzero()[:, 0]
-        met_RQ, met_RB = quantiles_MQ[rows_R], logits_MB[rows_R]
-        first, after = (torch.searchsorted(met_RQ, met_RB, right=right) for right in (False, True))
-        middle = (levels_Q[first.clamp_max(len(levels_Q) - 1)] + levels_Q[(after - 1).clamp_min(0)]) / 2
-        percentile[rows_R] = torch.where(met[rows_R], middle, percentile[rows_R])
-    return percentile
-
-
-def _num_below(logits_MB: Tensor, quantiles_MQ: Tensor) -> Tensor:
-    """How many of its row's quantiles between the first and the last a value exceeds, [M, B]."""
-    if logits_MB.device.type != "cpu" or logits_MB.numel() < MANY_VALUES:
-        return torch.searchsorted(quantiles_MQ, logits_MB).clamp_(1, quantiles_MQ.shape[1] - 1) - 1
-    # torch's search guesses wrong at every branch: halving without branches takes a third of its time.
-    below, left = torch.zeros_like(logits_MB, dtype=torch.long), quantiles_MQ.shape[1] - 2
-    while left:
-        half = (left + 1) // 2
-        below.add_(quantiles_MQ.gather(1, below + half) < logits_MB, alpha=half)
-        left -= half
-    return below
 
 
 def _kinds(bank: LensBank) -> set[str]:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ftw.errors import ConfigError, SubstrateError
 from ftw.hat.aperture import Aperture, Decision
-from ftw.hat.bank import _interpolate, find_rows
 from ftw.hat.holder import Holder
+from ftw.hat.lens import find_rows
 from ftw.hat.lineage import Lineage
+from ftw.hat.percentile import interpolate
 from ftw.hat.text_embedding import AnyText
 from ftw.hat.text_window import open_window
 from ftw.hat.timeline import sigmoid
@@ -273,7 +274,7 @@ def text_percentiles(text: AnyText, logits_M: np.ndarray, places_M: np.ndarray) 
         return np.full(len(places_M), np.nan)
     quantiles_MQ = torch.from_numpy(text.quantiles_NQ[places_M])
     logits_M1 = torch.from_numpy(np.asarray(logits_M, dtype=np.float32))[:, None]
-    return _interpolate(logits_M1, quantiles_MQ, torch.from_numpy(text.levels_Q))[:, 0].numpy()
+    return interpolate(logits_M1, quantiles_MQ, torch.from_numpy(text.levels_Q))[:, 0].numpy()
 
 
 def _places(lineage: Lineage, names: Sequence[str]) -> np.ndarray:

@@ -7,6 +7,8 @@ for training.
 Axes: B states, M rows of weights, W width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -57,15 +59,20 @@ def product(x_BW: Tensor, weight_MW: Tensor, step_M: Tensor | None, bias_M: Tens
         few = 0 < len(x_BW) < FEW and x_BW.device.type == "cpu" and len(weight_MW) >= 2 * BLOCK
         if not few:
             return torch.nn.functional.linear(x_BW, weight_MW, bias_M)
-        return torch.cat([_in_blocks(x_1W, weight_MW) for x_1W in x_BW.split(1)]) + bias_M
+        return _one_by_one(_in_blocks, x_BW, weight_MW).add_(bias_M)
     if step_M is not None:
         return _int8(x_BW, weight_MW, step_M) + bias_M
     if weight_MW.dtype == torch.float16 and x_BW.device.type == "cpu":
         if len(x_BW) > FEW:  # CPUs multiply float16 matrices far slower than float32 ones
             return torch.nn.functional.linear(x_BW, weight_MW.float(), bias_M)
-        rows = [torch.nn.functional.linear(x_1W, weight_MW) for x_1W in x_BW.half().split(1)]
-        return torch.cat(rows).float() + bias_M
+        return _one_by_one(torch.nn.functional.linear, x_BW.half(), weight_MW).float().add_(bias_M)
     return torch.nn.functional.linear(x_BW.to(weight_MW.dtype), weight_MW).float() + bias_M
+
+
+def _one_by_one(multiply: Callable[[Tensor, Tensor], Tensor], x_BW: Tensor, weight_MW: Tensor) -> Tensor:
+    if len(x_BW) == 1:
+        return multiply(x_BW, weight_MW)
+    return torch.cat([multiply(x_1W, weight_MW) for x_1W in x_BW.split(1)])
 
 
 def _in_blocks(x_1W: Tensor, weight_MW: Tensor) -> Tensor:

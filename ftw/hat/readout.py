@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ftw.errors import ConfigError
-from ftw.hat.bank import _interpolate, find_rows
 from ftw.hat.floor import chance_floor, logits_at, middle_spread
+from ftw.hat.lens import find_rows
 from ftw.hat.lineage import Lineage
+from ftw.hat.percentile import interpolate
 from ftw.hat.text_embedding import AnyText
 from ftw.hat.timeline import Alarm, Reading, sigmoid
 
@@ -68,7 +69,7 @@ class TextLenses:
         if lenses is None or not self.calibrated:
             return self.bank.percentile(logits_BN)
         quantiles_MQ = self._quantiles_NQ[lenses.flatten()]
-        return _interpolate(logits_BN.reshape(-1, 1), quantiles_MQ, self._levels_Q).view_as(logits_BN)
+        return interpolate(logits_BN.reshape(-1, 1), quantiles_MQ, self._levels_Q).view_as(logits_BN)
 
     @cached_property
     def _median_spread(self) -> tuple[Tensor, Tensor]:
@@ -86,6 +87,10 @@ class Told(NamedTuple):
     alarms: list[Alarm]
     asked: list[Reading]
     lead: str | None
+
+
+# Logit, probability and percentile of every cell; its row; whether the strongest stands out; which guarded ones fire.
+_Copied = tuple[list[list[list[float]]], list[list[int]], np.ndarray, np.ndarray]
 
 
 class Readout:
@@ -125,39 +130,51 @@ class Readout:
 
     def __call__(self, logits_MN: Tensor, asked_MC: Tensor | None = None) -> list[Told]:
         """Read out M tokens; `asked_MC`: rows of further lenses to tell of each."""
-        lenses, num = self.lenses, len(logits_MN)
+        num, names = len(logits_MN), self.lenses.names
         index_MK = self.strongest(logits_MN, self.top_k)
         parts = [index_MK, self.watch_rows_V.expand(num, -1), *([] if asked_MC is None else [asked_MC])]
-        index = torch.cat(parts, dim=1)
-        logit = logits_MN.gather(1, index)
-        guarded_MG = logits_MN[:, self._guarded_G]
-        leads_M1 = (logit >= self._lead_N[index])[:, : min(1, index_MK.shape[1])].any(dim=1, keepdim=True)
-        numbers = torch.stack([logit, torch.sigmoid(logit), lenses.percentile(logit, index)], dim=-1)
-        fires_MG = guarded_MG >= self._limits_G
-        copied = torch.cat([numbers.flatten(1), index, leads_M1, fires_MG], dim=1).cpu()  # one copy from the device
-        cells = index.shape[1]
-        numbers_MX3 = copied[:, : 3 * cells].view(num, cells, 3).tolist()
-        rows_MX = copied[:, 3 * cells : 4 * cells].long().tolist()
-        ends = (index_MK.shape[1], index_MK.shape[1] + len(self.watch_rows_V))
-        told = []
+        index_MX, num_top = torch.cat(parts, dim=1), index_MK.shape[1]
+        copied = self._on_host if logits_MN.device.type == "cpu" else self._from_device
+        numbers_MX3, rows_MX, leads_M, fires_MG = copied(logits_MN, index_MX, num_top)
+        num_shown, told = num_top + len(self.watch_rows_V), []
         for m in range(num):
-            all_read = [Reading(lenses.names[n], *x) for n, x in zip(rows_MX[m], numbers_MX3[m], strict=True)]
-            alarms = self._alarms(logits_MN[m], copied[m, 4 * cells + 1 :])
-            top, watch, asked = all_read[: ends[0]], all_read[ends[0] : ends[1]], all_read[ends[1] :]
-            lead = top[0].concept if copied[m, 4 * cells] else None
+            all_read = [Reading(names[n], *x) for n, x in zip(rows_MX[m], numbers_MX3[m], strict=True)]
+            alarms = self._alarms(logits_MN[m], fires_MG[m]) if fires_MG[m].any() else []
+            top, watch, asked = all_read[:num_top], all_read[num_top:num_shown], all_read[num_shown:]
+            lead = top[0].concept if leads_M[m] else None
             told.append(Told([one for one in top if one.logit == one.logit], watch, alarms, asked, lead))
         return told
+
+    def _on_host(self, logits_MN: Tensor, index_MX: Tensor, num_top: int) -> _Copied:
+        """What is told, in plain numbers; by numpy, whose calls on a dozen numbers cost far less than torch's."""
+        index, rows_M1 = index_MX.numpy(), np.arange(len(index_MX))[:, None]
+        all_MN = logits_MN.numpy()
+        logit = all_MN[rows_M1, index]
+        percentile = self.lenses.percentile(torch.from_numpy(logit), index_MX).numpy()
+        numbers_MX3 = np.stack([logit, sigmoid(logit), percentile], axis=-1).tolist()
+        leads_M = (logit[:, :num_top] >= self._lead_N.numpy()[index[:, :num_top]])[:, :1].max(axis=1, initial=False)
+        return numbers_MX3, index.tolist(), leads_M, all_MN[:, self._guarded_G.numpy()] >= self._limits_G.numpy()
+
+    def _from_device(self, logits_MN: Tensor, index_MX: Tensor, num_top: int) -> _Copied:
+        """What is told, in one copy from the device."""
+        num, cells = index_MX.shape
+        logit = logits_MN.gather(1, index_MX)
+        leads_M1 = (logit >= self._lead_N[index_MX])[:, : min(1, num_top)].any(dim=1, keepdim=True)
+        numbers = torch.stack([logit, torch.sigmoid(logit), self.lenses.percentile(logit, index_MX)], dim=-1)
+        fires_MG = logits_MN[:, self._guarded_G] >= self._limits_G
+        copied = torch.cat([numbers.flatten(1), index_MX, leads_M1, fires_MG], dim=1).cpu()
+        numbers_MX3, rows_MX = copied[:, : 3 * cells].view(num, cells, 3), copied[:, 3 * cells : 4 * cells].long()
+        flags = copied[:, 4 * cells :].bool().numpy()
+        return numbers_MX3.tolist(), rows_MX.tolist(), flags[:, 0], flags[:, 1:]
 
     def strongest(self, logits_MN: Tensor, k: int) -> Tensor:
         """Rows of the k strongest lenses of each token, [M, K]."""
         k = min(k, len(self.lenses))
         return self.lenses.rank(logits_MN).nan_to_num(-torch.inf).topk(k, dim=-1).indices
 
-    def _alarms(self, logits_N: Tensor, fires_G: Tensor) -> list[Alarm]:
+    def _alarms(self, logits_N: Tensor, fires_G: np.ndarray) -> list[Alarm]:
         """The guarded concepts that fire, highest percentile first."""
-        if not fires_G.any():
-            return []
-        rows = self._guarded_G[fires_G.bool().to(self._guarded_G.device)]
+        rows = self._guarded_G[torch.from_numpy(fires_G).to(self._guarded_G.device)]
         percentile_F = self.lenses.percentile(logits_N[rows][None], rows[None])[0].tolist()
         names = [self.lenses.names[row] for row in rows.tolist()]
         alarms = [

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ftw.errors import PackError
-from ftw.hat.bank import _interpolate
+from ftw.hat.percentile import interpolate
 
 # Words of two letters and more, as scikit-learn's vectorisers cut them.
 WORDS = re.compile(r"(?u)\b\w\w+\b")
@@ -290,7 +290,7 @@ class TextBank:
             return torch.full_like(logits_BN, torch.nan)
         quantiles_NQ = torch.from_numpy(np.ascontiguousarray(self.quantiles_NQ))
         levels_Q = torch.from_numpy(self.levels_Q)
-        return _interpolate(logits_BN.T.contiguous(), quantiles_NQ, levels_Q).T
+        return interpolate(logits_BN.T.contiguous(), quantiles_NQ, levels_Q).T
 
     def calibrated(self, scale_N: np.ndarray, offset_N: np.ndarray) -> "TextBank":
         """The bank whose logits are scale · logit + offset.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ftw.errors import ConfigError, PackError
-from ftw.hat.bank import _interpolate
+from ftw.hat.percentile import interpolate
 from ftw.hat.text import TextBank
 from ftw.substrate.encoder import SentenceEncoder
 from ftw.substrate.sources import lock
@@ -108,7 +108,7 @@ class EmbeddingBank:
         if self.quantiles_NQ is None or self.levels_Q is None:
             return torch.full_like(logits_BN, torch.nan)
         quantiles_NQ, levels_Q = torch.from_numpy(self.quantiles_NQ), torch.from_numpy(self.levels_Q)
-        return _interpolate(logits_BN.T.contiguous(), quantiles_NQ, levels_Q).T
+        return interpolate(logits_BN.T.contiguous(), quantiles_NQ, levels_Q).T
 
     def subset(self, names: Sequence[str]) -> "EmbeddingBank":
         """The bank of some lenses, in the order named."""

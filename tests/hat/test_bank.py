@@ -9,8 +9,9 @@ from random_lenses import random_stack
 from torch.nn.functional import layer_norm
 
 from ftw.errors import ConceptError, SubstrateError
-from ftw.hat.bank import MANY_VALUES, VALUES_AT_ONCE, LensBank, _interpolate, build_bank
+from ftw.hat.bank import LensBank, build_bank
 from ftw.hat.lens import HeadConfig
+from ftw.hat.percentile import FEW_VALUES, MANY_VALUES, VALUES_AT_ONCE, interpolate
 from ftw.hat.store import LensStack
 from ftw.map.calibrate import percentile
 
@@ -77,7 +78,11 @@ def test_dropout_never_acts_in_a_bank():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 2**31), st.integers(2, 40), st.booleans(), st.booleans(), st.sampled_from([1, MANY_VALUES // 15 + 1])
+    st.integers(0, 2**31),
+    st.integers(2, 40),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, FEW_VALUES // 15 + 1, MANY_VALUES // 15 + 1]),
 )
 def test_percentile_equals_that_of_the_calibration(seed: int, num_quantiles: int, steps: bool, meet: bool, copies: int):
     rng = np.random.default_rng(seed)
@@ -91,7 +96,7 @@ def test_percentile_equals_that_of_the_calibration(seed: int, num_quantiles: int
     logits_BN = np.tile(logits_BN, (copies, 1))  # many values are searched in another way than few
     levels_Q = np.linspace(0, 1, num_quantiles)
     tensors = torch.from_numpy(quantiles_NQ), torch.from_numpy(levels_Q.astype(np.float32))
-    ours_BN = _interpolate(torch.from_numpy(logits_BN).T.contiguous(), *tensors).T.numpy()
+    ours_BN = interpolate(torch.from_numpy(logits_BN).T.contiguous(), *tensors).T.numpy()
     np.testing.assert_allclose(ours_BN, percentile(logits_BN, quantiles_NQ, levels_Q), atol=2e-4)
 
 
