@@ -117,12 +117,14 @@ def collect(
     *,
     progress: bool = True,
     folder: Path | str | None = None,
+    moments: bool = True,
 ) -> Encyclopedia:
     """The finished encyclopedia of a table: made, resumed, or opened if it is all there.
 
     Args:
         progress: draw a bar on stderr.
         folder: where to keep it; default: `encyclopedia_folder`.
+        moments: write mean and variance of every concept into the index.
 
     Returns:
         A complete and finalised encyclopedia, open for reading.
@@ -136,10 +138,10 @@ def collect(
     encyclopedia = Encyclopedia.create(folder or encyclopedia_folder(table, spec), table, spec)
     try:
         if missing := encyclopedia.missing(thorough=True):
-            cost = estimate(table, spec, substrate)
+            cost = estimate(table, spec, substrate, moments=moments)
             _check_room(encyclopedia, cost, len(missing))
             _collect_missing(substrate, encyclopedia, missing, cost, progress=progress)
-        encyclopedia.finalise()
+        encyclopedia.finalise(moments=moments)
     except KeyboardInterrupt:
         done = encyclopedia.num_shards - len(encyclopedia.missing())
         Console(stderr=True, highlight=False, soft_wrap=True).print(

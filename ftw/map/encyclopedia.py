@@ -315,8 +315,11 @@ class Encyclopedia:
                 confidence=get(index, "statistics/confidence"),
             )
 
-    def finalise(self) -> None:
+    def finalise(self, *, moments: bool = True) -> None:
         """Write virtual datasets over all shards and the moments of every concept into the index; again is harmless.
+
+        Args:
+            moments: False leaves them out, where they are kept elsewhere or are as large as the states.
 
         Raises:
             EncyclopediaError: shards are missing.
@@ -328,7 +331,7 @@ class Encyclopedia:
             )
         states_sha256 = self._hash_states()
         if states_sha256 != self.states_sha256:
-            write_index(self.folder, self.table, self.spec, self._finished(states_sha256))
+            write_index(self.folder, self.table, self.spec, self._finished(states_sha256), moments=moments)
             self.states_sha256 = states_sha256
 
     def _finished(self, states_sha256: str) -> FinishedStates:

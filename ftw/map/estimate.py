@@ -65,11 +65,14 @@ class Estimate:
         ]
 
 
-def estimate(table: SampleTable, spec: CaptureSpec, substrate: Substrate, *, measure: bool = False) -> Estimate:
+def estimate(
+    table: SampleTable, spec: CaptureSpec, substrate: Substrate, *, measure: bool = False, moments: bool = True
+) -> Estimate:
     """What collecting this table would cost.
 
     Args:
         measure: time a few batches on this machine (seconds); else a nominal speed is assumed.
+        moments: whether mean and variance of every concept are written as well.
 
     Raises:
         DataError: the table has no texts, or one of them no tokens.
@@ -99,7 +102,7 @@ def estimate(table: SampleTable, spec: CaptureSpec, substrate: Substrate, *, mea
         num_tokens=round(tokens),
         num_cut=round(cut),
         num_kept_tokens=round(kept),
-        bytes=_folder_bytes(table, spec, round(kept)),
+        bytes=_folder_bytes(table, spec, round(kept), moments=moments),
         tokens_per_second=rate,
         seconds=tokens / rate,
         measured=measure,
@@ -170,14 +173,14 @@ def _measured_rate(substrate: Substrate, spec: CaptureSpec, sampled: Sequence[li
     return num_tokens / (time.perf_counter() - start)
 
 
-def _folder_bytes(table: SampleTable, spec: CaptureSpec, num_kept_tokens: int) -> int:
+def _folder_bytes(table: SampleTable, spec: CaptureSpec, num_kept_tokens: int, *, moments: bool = True) -> int:
     """States, texts, marks and the moments of the concepts."""
     vector = len(spec.layers) * spec.width
     states = (len(table) * len(spec.pools) + num_kept_tokens) * vector * STATE_BYTES
-    moments = len(table.concepts) * vector * 8 if "mean" in spec.pools else 0
+    known = len(table.concepts) * vector * 8 if moments and "mean" in spec.pools else 0
     words = sum(len(text) for text in table.texts) + 64 * len(table) + 13 * len(table.rows)
     num_shards = -(-len(table) // spec.shard_texts)
-    return states + moments + words + SHARD_OVERHEAD_BYTES * (num_shards + 1)
+    return states + known + words + SHARD_OVERHEAD_BYTES * (num_shards + 1)
 
 
 def readable_bytes(count: float) -> str:

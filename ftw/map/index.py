@@ -97,7 +97,14 @@ def read_index(folder: Path) -> tuple[SampleTable, CaptureSpec, str]:
         raise DamagedIndexError(f"{path} is damaged ({reason}); run the same ftw collect again") from error
 
 
-def write_index(folder: Path, table: SampleTable, spec: CaptureSpec, finished: FinishedStates | None = None) -> None:
+def write_index(
+    folder: Path,
+    table: SampleTable,
+    spec: CaptureSpec,
+    finished: FinishedStates | None = None,
+    *,
+    moments: bool = True,
+) -> None:
     """Write the index atomically, with views and moments if the states are all there."""
     image = io.BytesIO()
     with h5py.File(image, "w", libver=LIBVER) as file:
@@ -113,7 +120,7 @@ def write_index(folder: Path, table: SampleTable, spec: CaptureSpec, finished: F
             file.attrs["num_cut"] = finished.num_cut
             put(file, "samples/num_tokens", finished.num_tokens.astype("<i4"), axes="S texts", units="tokens")
             _write_views(file, len(table), spec, finished)
-            if "mean" in spec.pools:
+            if moments and "mean" in spec.pools:
                 _write_statistics(file, table, spec, finished)
     write_image(folder / INDEX, image)
 

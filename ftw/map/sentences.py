@@ -7,7 +7,7 @@ words are kept general, so that nothing but what fills the gap tells what they a
 import re
 
 from ftw.map.wikipedia import cut
-from ftw.map.wordnet import WordNet
+from ftw.map.wordnet import Synset, WordNet
 
 CONTEXTS = (
     "We talked about {} for most of the evening.",
@@ -40,6 +40,50 @@ CONTEXTS = (
     "Once you have learned to notice {}, you see the signs everywhere.",
 )
 
+# Never learnt from: whether a lens or an interpreter knows a concept in sentences it has not met is asked with these.
+TEST_CONTEXTS = (
+    "My grandfather used to say a few words about {} before dinner.",
+    "On the way home we passed a poster of {}.",
+    "Is there anything you would like to know about {}?",
+    "A reader from Leeds writes to us about {}.",
+    "{} turned up in conversation again last night.",
+    "Chapter nine opens with a drawing of {}.",
+    "I cannot explain why, but {} came to my mind at once.",
+    "Only one of the speakers had ever heard of {}.",
+    "Our guide stopped and said something about {}.",
+    "It took the class a whole morning to find out what {} was.",
+    "Nobody at the table expected a question on {}.",
+    "The label on the box says {} in small letters.",
+    "Everything in the room reminded her of {}.",
+    "You will find {} under the letter of the alphabet it begins with.",
+)
+
+# For concepts that are confused with others: the gap holds the one that is meant.
+OPPOSITIONS = (
+    "It was {}, and certainly not {other}, that we were looking for.",
+    "Do not mistake {0} for {other}: what we mean here is {0}.",
+    "Unlike {other}, {} is what this page is about.",
+    "He said {other}, but then he corrected himself: {}.",
+    "The question was about {}; those who wrote about {other} got no points.",
+    "What sets {0} apart from {other}? Think of {0} alone.",
+    "This is {}. It is not {other}.",
+    "Forget {other} for a moment and picture {}.",
+)
+
+# What a substrate is asked to write of a concept; no definition is in it, since readers are tested on definitions.
+WRITING_PROMPTS = (
+    "Write two sentences about {thing}.",
+    "Begin an encyclopedia entry about {thing}. Two sentences.",
+    "In two plain sentences, explain to a child what {thing} is.",
+    "Write the first two sentences of a news story in which {thing} plays the main part.",
+    "Write two sentences of a travel diary that mention {thing}.",
+    "State two facts about {thing}.",
+)
+CONTRAST_PROMPTS = (
+    "State two facts about {thing} that are not true of {other}.",
+    "In two sentences, say what {thing} is, so that nobody takes it for {other}.",
+)
+
 GENERATION_PROMPTS = (
     "Write two sentences about {thing}, meaning: {definition}.",
     "Begin an encyclopedia entry about {thing} ({definition}). Two sentences.",
@@ -58,15 +102,28 @@ MIN_WRITTEN_CHARACTERS = 30
 
 
 def phrase(wordnet: WordNet, synset: str) -> str:
-    """How a sentence calls a synset: a name as it stands, a common noun with its article.
-
-    Of the synset's lemmas the first is taken whose most frequent sense it is, as readers take words in that sense.
-    """
+    """How a sentence calls a synset: a name as it stands, a common noun with its article."""
     found = wordnet.synset(synset)
-    first = [lemma for lemma in found.lemmas if (s := wordnet.synsets(lemma, found.pos)) and s[0].name == found.name]
-    lemma = (first or found.lemmas)[0]
-    # Names end in a capital word (Lake Erie); things called after names do not (Chinese alligator).
-    bare = found.pos != "n" or lemma.split()[-1][:1].isupper()
+    return with_article(familiar_lemma(wordnet, found), found.pos)
+
+
+def familiar_lemma(wordnet: WordNet, synset: Synset) -> str:
+    """The first lemma whose most frequent sense the synset is, as readers take words in that sense; else the first."""
+    owned = (lemma for lemma in synset.lemmas if is_first_sense(wordnet, lemma, synset))
+    return next(owned, synset.lemmas[0])
+
+
+def is_first_sense(wordnet: WordNet, lemma: str, synset: Synset) -> bool:
+    """Whether the synset is the most frequent sense of a lemma."""
+    return wordnet.senses(lemma, synset.pos)[:1] == [synset.name]
+
+
+def with_article(lemma: str, pos: str = "n") -> str:
+    """A lemma as it stands in a sentence.
+
+    Names end in a capital word (Lake Erie); things called after names do not (Chinese alligator).
+    """
+    bare = pos != "n" or lemma.split()[-1][:1].isupper()
     return lemma if bare else f"the {lemma}"
 
 

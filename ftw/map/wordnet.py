@@ -97,8 +97,12 @@ class WordNet:
 
     def synsets(self, lemma: str, pos: str = "n") -> list[Synset]:
         """Senses of a word, most frequent first; empty if WordNet lacks the word. Spaces or underscores, any case."""
+        return [self.synset(name) for name in self.senses(lemma, pos)]
+
+    def senses(self, lemma: str, pos: str = "n") -> list[str]:
+        """Names of the senses of a word, most frequent first, without parsing them."""
         part = self._part(pos)
-        return [self.synset(part.names[offset]) for offset in part.index.get(_key(lemma), ())]
+        return [part.names[offset] for offset in part.index.get(_key(lemma), ())]
 
     def names(self, pos: str = "n") -> list[str]:
         """Names of all synsets of a part of speech, in the order of the file."""

@@ -1,0 +1,6 @@
+"""The growing encyclopedia: states of thousands of concepts, refined in rounds where an interpreter is unsure."""
+
+from ftw.map.growing.entries import Entry
+from ftw.map.growing.store import GrowingEncyclopedia, Rows
+
+__all__ = ["Entry", "GrowingEncyclopedia", "Rows"]
