@@ -16,12 +16,11 @@ from ftw.hat.lens import HeadConfig
 from ftw.hat.store import LensStack
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import EvaluateConfig
-from ftw.map.training.callbacks import quiet_trainer
+from ftw.map.training.callbacks import quiet_lightning, quiet_trainer
 from ftw.map.training.data import EncyclopediaDataModule
 from ftw.map.training.fit import build_task, calibrated_stack, evaluate_stack, fitting
 from ftw.map.training.lens_task import TrainingConfig
 from ftw.map.training.solver import choose_shrinkage, solve_stack
-from ftw.map.training.train import quiet_lightning
 
 
 def by_descent(encyclopedia: Encyclopedia, seed: int) -> LensStack:

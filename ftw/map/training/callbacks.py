@@ -6,6 +6,7 @@ picture and pack to whatever loggers the trainer has. During training it can rea
 Axes: T tokens, L layers, N lenses.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,12 @@ def log_pack(loggers: list[Logger], folder: Path, pack: LensPack) -> None:
             )
             artifact.add_dir(str(folder))
             logger.experiment.log_artifact(artifact)
+
+
+def quiet_lightning() -> None:
+    """Lightning's own start-up lines (devices, tips) tell an FTW user nothing."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def quiet_trainer(max_epochs: int, **options: Any) -> pl.Trainer:

@@ -3,7 +3,6 @@
 Axes: N lenses.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from ftw.map.evaluate import EvaluateConfig, Evaluation
 from ftw.map.pack import LensPack
 from ftw.map.samples import SampleTable, SampleTableBuilder
 from ftw.map.text_control import TextConfig
-from ftw.map.training.callbacks import LensBankCallback, log_evaluation, log_pack, quiet_trainer
+from ftw.map.training.callbacks import LensBankCallback, log_evaluation, log_pack, quiet_lightning, quiet_trainer
 from ftw.map.training.data import EncyclopediaDataModule, Pool
 from ftw.map.training.finish import Fitted, finish
 from ftw.map.training.fit import build_task, fit_shuffled, fitting, with_percentiles
@@ -200,12 +199,6 @@ def train_lenses(
         capture = replace(capture, tokens_per_text={**capture.tokens_per_text, "train": 4})
     with collect(substrate, table, capture, progress=progress) as encyclopedia:
         return train_pack(encyclopedia, config or FitConfig(), substrate=substrate)[0]
-
-
-def quiet_lightning() -> None:
-    """Lightning's own start-up lines (devices, tips) tell an FTW user nothing."""
-    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _recipe(encyclopedia: Encyclopedia, config: FitConfig, step: Callable[[str], None]) -> Fitted:
