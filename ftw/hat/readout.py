@@ -5,6 +5,7 @@ Activation and text lenses are read out alike. One copy a token comes from the d
 Axes: M tokens at once, N lenses, K kept, V watched, G guarded (watched, or below a watched one), C asked for besides.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -17,11 +18,12 @@ from ftw.errors import ConfigError
 from ftw.hat.floor import chance_floor, logits_at, middle_spread
 from ftw.hat.lens import find_rows
 from ftw.hat.lineage import Lineage
-from ftw.hat.percentile import interpolate
+from ftw.hat.percentile import flat_numbers, interpolate, percentile_of
 from ftw.hat.text_embedding import AnyText
-from ftw.hat.timeline import Alarm, Reading, sigmoid
+from ftw.hat.timeline import Alarm, Reading
 
 BISECTIONS, LOGIT_LIMIT = 60, 1e4
+FEW_GUARDED = 32
 
 
 class Readable(Protocol):
@@ -90,7 +92,7 @@ class Told(NamedTuple):
 
 
 # Logit, probability and percentile of every cell; its row; whether the strongest stands out; which guarded ones fire.
-_Copied = tuple[list[list[list[float]]], list[list[int]], np.ndarray, np.ndarray]
+_Copied = tuple[list[list[list[float]]], list[list[int]], Sequence[bool], Sequence[Sequence[bool]]]
 
 
 class Readout:
@@ -127,36 +129,64 @@ class Readout:
         self._guarded_G = lenses.rows_of(list(self._watched_by))
         self._limits_G = self._alarm_logits(0.99 if alarm is None else alarm)
         self._lead_N = logits_at(lenses, self.floor) if lenses.calibrated else torch.full((len(lenses),), torch.inf)
+        # The same as plain numbers, for the host.
+        self._watched, self._guarded = self.watch_rows_V.tolist(), self._guarded_G.tolist()
+        self._limits, self._leads = self._limits_G.tolist(), flat_numbers(self._lead_N.cpu())
+        self._background: tuple[Tensor, Sequence[float], Sequence[float]] | None = None
 
     def __call__(self, logits_MN: Tensor, asked_MC: Tensor | None = None) -> list[Told]:
         """Read out M tokens; `asked_MC`: rows of further lenses to tell of each."""
-        num, names = len(logits_MN), self.lenses.names
+        names, num_watched = self.lenses.names, len(self.watch_rows_V)
         index_MK = self.strongest(logits_MN, self.top_k)
-        parts = [index_MK, self.watch_rows_V.expand(num, -1), *([] if asked_MC is None else [asked_MC])]
-        index_MX, num_top = torch.cat(parts, dim=1), index_MK.shape[1]
+        num_top = index_MK.shape[1]
         copied = self._on_host if logits_MN.device.type == "cpu" else self._from_device
-        numbers_MX3, rows_MX, leads_M, fires_MG = copied(logits_MN, index_MX, num_top)
-        num_shown, told = num_top + len(self.watch_rows_V), []
-        for m in range(num):
-            all_read = [Reading(names[n], *x) for n, x in zip(rows_MX[m], numbers_MX3[m], strict=True)]
-            alarms = self._alarms(logits_MN[m], fires_MG[m]) if fires_MG[m].any() else []
-            top, watch, asked = all_read[:num_top], all_read[num_top:num_shown], all_read[num_shown:]
+        numbers_MX3, rows_MX, leads_M, fires_MG = copied(logits_MN, index_MK, asked_MC)
+        told = []
+        for m, rows_X in enumerate(rows_MX):
+            all_read = [Reading(names[n], *x) for n, x in zip(rows_X, numbers_MX3[m], strict=True)]
+            alarms = self._alarms(logits_MN[m], fires_MG[m]) if any(fires_MG[m]) else []
+            top, watch = all_read[:num_top], all_read[num_top : num_top + num_watched]
             lead = top[0].concept if leads_M[m] else None
+            asked = all_read[num_top + num_watched :]
             told.append(Told([one for one in top if one.logit == one.logit], watch, alarms, asked, lead))
         return told
 
-    def _on_host(self, logits_MN: Tensor, index_MX: Tensor, num_top: int) -> _Copied:
-        """What is told, in plain numbers; by numpy, whose calls on a dozen numbers cost far less than torch's."""
-        index, rows_M1 = index_MX.numpy(), np.arange(len(index_MX))[:, None]
-        all_MN = logits_MN.numpy()
-        logit = all_MN[rows_M1, index]
-        percentile = self.lenses.percentile(torch.from_numpy(logit), index_MX).numpy()
-        numbers_MX3 = np.stack([logit, sigmoid(logit), percentile], axis=-1).tolist()
-        leads_M = (logit[:, :num_top] >= self._lead_N.numpy()[index[:, :num_top]])[:, :1].max(axis=1, initial=False)
-        return numbers_MX3, index.tolist(), leads_M, all_MN[:, self._guarded_G.numpy()] >= self._limits_G.numpy()
+    def _on_host(self, logits_MN: Tensor, index_MK: Tensor, asked_MC: Tensor | None) -> _Copied:
+        """What is told, in plain numbers: after a model's forward pass calls on arrays cost more than the numbers."""
+        quantiles, levels = self._numbers()
+        all_MN, has_top = logits_MN.numpy(), index_MK.shape[1] > 0
+        rows_MX = [rows_K + self._watched for rows_K in index_MK.tolist()]
+        if asked_MC is not None:
+            rows_MX = [rows + asked for rows, asked in zip(rows_MX, asked_MC.tolist(), strict=True)]
+        numbers_MX3, leads_M, fires_MG = [], [], []
+        for m, rows_X in enumerate(rows_MX):
+            logits_X = [all_MN[m, row].item() for row in rows_X]
+            places_X = [
+                percentile_of(logit, quantiles, levels, row * len(levels)) if levels else math.nan
+                for logit, row in zip(logits_X, rows_X, strict=True)
+            ]
+            numbers_MX3.append([[x, _probability(x), place] for x, place in zip(logits_X, places_X, strict=True)])
+            leads_M.append(has_top and logits_X[0] >= self._leads[rows_X[0]])
+            fires_MG.append(self._firing(all_MN[m]))
+        return numbers_MX3, rows_MX, leads_M, fires_MG
 
-    def _from_device(self, logits_MN: Tensor, index_MX: Tensor, num_top: int) -> _Copied:
+    def _firing(self, logits_N: np.ndarray) -> Sequence[bool]:
+        """Which of the guarded lenses are above the alarm: a few one by one, many at once."""
+        if len(self._guarded) > FEW_GUARDED:
+            return (logits_N[self._guarded] >= self._limits).tolist()
+        return [logits_N[row].item() >= limit for row, limit in zip(self._guarded, self._limits, strict=True)]
+
+    def _numbers(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Background quantiles of all lenses one after another, and their levels; made anew when the lenses change."""
+        quantiles_NQ, levels_Q = self.lenses.background()
+        if self._background is None or self._background[0] is not quantiles_NQ:
+            self._background = quantiles_NQ, flat_numbers(quantiles_NQ), levels_Q.tolist()
+        return self._background[1:]
+
+    def _from_device(self, logits_MN: Tensor, index_MK: Tensor, asked_MC: Tensor | None) -> _Copied:
         """What is told, in one copy from the device."""
+        parts = [index_MK, self.watch_rows_V.expand(len(index_MK), -1), *([] if asked_MC is None else [asked_MC])]
+        index_MX, num_top = torch.cat(parts, dim=1), index_MK.shape[1]
         num, cells = index_MX.shape
         logit = logits_MN.gather(1, index_MX)
         leads_M1 = (logit >= self._lead_N[index_MX])[:, : min(1, num_top)].any(dim=1, keepdim=True)
@@ -164,21 +194,24 @@ class Readout:
         fires_MG = logits_MN[:, self._guarded_G] >= self._limits_G
         copied = torch.cat([numbers.flatten(1), index_MX, leads_M1, fires_MG], dim=1).cpu()
         numbers_MX3, rows_MX = copied[:, : 3 * cells].view(num, cells, 3), copied[:, 3 * cells : 4 * cells].long()
-        flags = copied[:, 4 * cells :].bool().numpy()
-        return numbers_MX3.tolist(), rows_MX.tolist(), flags[:, 0], flags[:, 1:]
+        flags_MF = copied[:, 4 * cells :].bool().tolist()
+        return numbers_MX3.tolist(), rows_MX.tolist(), [flags_F[0] for flags_F in flags_MF], [x[1:] for x in flags_MF]
 
     def strongest(self, logits_MN: Tensor, k: int) -> Tensor:
-        """Rows of the k strongest lenses of each token, [M, K]."""
-        k = min(k, len(self.lenses))
-        return self.lenses.rank(logits_MN).nan_to_num(-torch.inf).topk(k, dim=-1).indices
+        """Rows of the k strongest lenses of each token, [M, K]; a missing reading (NaN) is the weakest."""
+        k, rank_MN = min(k, len(self.lenses)), self.lenses.rank(logits_MN)
+        top = rank_MN.topk(k, dim=-1)
+        if k and rank_MN.device.type == "cpu" and top.values[:, 0].sum().item() < math.inf:
+            return top.indices  # NaN would have been the strongest
+        return rank_MN.nan_to_num(-torch.inf).topk(k, dim=-1).indices
 
-    def _alarms(self, logits_N: Tensor, fires_G: np.ndarray) -> list[Alarm]:
+    def _alarms(self, logits_N: Tensor, fires_G: Sequence[bool]) -> list[Alarm]:
         """The guarded concepts that fire, highest percentile first."""
-        rows = self._guarded_G[torch.from_numpy(fires_G).to(self._guarded_G.device)]
+        rows = self._guarded_G[torch.tensor(fires_G, device=self._guarded_G.device)]
         percentile_F = self.lenses.percentile(logits_N[rows][None], rows[None])[0].tolist()
         names = [self.lenses.names[row] for row in rows.tolist()]
         alarms = [
-            Alarm(self._watched_by[name], Reading(name, logit, float(sigmoid(np.array(logit))), percentile))
+            Alarm(self._watched_by[name], Reading(name, logit, _probability(logit), percentile))
             for name, logit, percentile in zip(names, logits_N[rows].tolist(), percentile_F, strict=True)
         ]
         return sorted(alarms, key=lambda alarm: -alarm.reading.percentile)
@@ -210,3 +243,9 @@ def guarded(names: Sequence[str], watch: Sequence[str], lineage: Lineage | None)
                 if name in known:
                     found.setdefault(name, watched)
     return found
+
+
+def _probability(logit: float) -> float:
+    """σ(logit), without overflow."""
+    small = math.exp(-abs(logit))
+    return 1 / (1 + small) if logit >= 0 else small / (1 + small)
