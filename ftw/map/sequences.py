@@ -30,6 +30,23 @@ QUESTIONS = (
     "Why does {} matter?",
     "Give me a short introduction to {}.",
     "Write a paragraph about {}.",
+    "What do you know about {}?",
+    "Give me an interesting fact about {}.",
+    "How would you define {}?",
+    "I want to learn about {}. Where do I start?",
+    "Write the first lines of an article on {}.",
+    "What comes to mind when you think of {}?",
+    "Tell a short story with {} in it.",
+    "What do people often get wrong about {}?",
+    "What is the history of {}?",
+    "Why do people talk about {}?",
+    "Summarise what is known about {}.",
+    "How is {} described in books?",
+    "Write a short poem about {}.",
+    "What makes {} special?",
+    "Give three examples to do with {}.",
+    "What would you show a visitor of {}?",
+    "Explain why someone would study {}.",
 )
 NEGATIONS = ("What is NOT {}?", "Name something that is NOT {}.")
 EVERYDAY = (
@@ -119,6 +136,11 @@ def compose_sequences(pack: ConceptPack, wordnet: WordNet, config: SequencesConf
     )
 
 
+def near_kin(pack: ConceptPack, name: str) -> list[str]:
+    """The siblings of a concept under its own parent; the roots of a pack are strangers to each other."""
+    return pack.siblings(name) if pack.parents(name) else []
+
+
 def mark_kinds(table: SampleTable, rows: np.ndarray, siblings: Sequence[Sequence[int]]) -> np.ndarray:
     """What kind of negative each answer is for each concept, int8 [S, N]: place in `KINDS`, -1 where it is none.
 
@@ -197,7 +219,7 @@ def _marks_of(
     kinship: Kinship, rows: Sequence[_Prompt], index: int, config: SequencesConfig, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows that are marked for a concept, and their labels."""
-    sibling_indices = set(kinship.siblings(index))
+    sibling_indices = {kinship.names.index(name) for name in near_kin(kinship.pack, kinship.names[index])}
     positive, near, far, negated = list[int](), list[int](), list[int](), list[int]()
     for row, prompt in enumerate(rows):
         if prompt.source == NEGATED:

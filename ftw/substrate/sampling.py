@@ -1,7 +1,8 @@
 """Sampled answers with the states of their tokens: what the substrate says to a prompt, and what it thinks as it does.
 
-A prompt is read once however many answers are sampled from it. States come from the very steps that generate, so there
-is no second pass; the token that is sampled last is fed as well, so that every token of an answer has its state.
+A prompt is read once however many answers are sampled from it, and the beginning that all prompts share once for all
+of them. States come from the very steps that generate, so there is no second pass; the token that is sampled last is
+fed as well, so that every token of an answer has its state.
 
 Axes: P prompts of a batch, B answers of a batch, T tokens, L layers, D model width, V vocabulary.
 """
@@ -130,22 +131,50 @@ class _Batch:
             yield Answer(row, ids_BT[row][:length], states_LTD)
 
     def _read_prompts(self) -> tuple[Tensor, Tensor, DynamicCache]:
-        """Logits of the first token, mask and cache, repeated for every answer."""
-        width, device = max(map(len, self._unique)), self._substrate.device
-        ids_PT = torch.full((len(self._unique), width), self._substrate.pad_token_id, device=device)
-        mask_PT = torch.zeros_like(ids_PT)
-        for row, ids in enumerate(self._unique):
+        """Logits of the first token, mask and cache, repeated for every answer.
+
+        What all prompts begin with is read once; the last tokens are read apart, as only they need the model's head.
+        """
+        num, device, cache = len(self._unique), self._substrate.device, DynamicCache()
+        same = self._num_same()
+        mask_PT = torch.ones(num, same, dtype=torch.long, device=device)
+        if same:
+            same_1T = torch.tensor([self._unique[0][:same]], device=device)
+            self._forward(same_1T, mask_PT[:1], cache, body_only=True)
+            cache.batch_repeat_interleave(num)
+        own = [prompt[same:] for prompt in self._unique]
+        width = max(map(len, own))
+        ids_PT = torch.full((num, width), self._substrate.pad_token_id, device=device)
+        known_PT = torch.zeros_like(ids_PT)
+        for row, ids in enumerate(own):
             ids_PT[row, width - len(ids) :] = torch.tensor(ids, device=device)
-            mask_PT[row, width - len(ids) :] = 1
-        cache = DynamicCache()
-        logits_PV = self._forward(ids_PT, mask_PT, cache)
-        rows_B = torch.repeat_interleave(torch.arange(len(self._unique)), self._counts).to(device)
-        if len(rows_B) > len(self._unique):
+            known_PT[row, width - len(ids) :] = 1
+        mask_PT = torch.cat([mask_PT, known_PT], dim=1)
+        if width > 1:
+            self._forward(ids_PT[:, :-1], mask_PT[:, :-1], cache, body_only=True)
+        logits_PV = self._forward(ids_PT[:, -1:], mask_PT, cache)
+        rows_B = torch.repeat_interleave(torch.arange(num), self._counts).to(device)
+        if len(rows_B) > num:
             cache.batch_select_indices(rows_B)
         return logits_PV[rows_B], mask_PT[rows_B], cache
 
+    def _num_same(self) -> int:
+        """Tokens that all prompts begin with, the last of each left out; 0 where padding behind them would count."""
+        model: Any = self._substrate.model
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        has_positions = "position_ids" in inspect.signature(model.forward).parameters
+        if window is not None or not has_positions or len(self._unique) == 1:
+            return 0
+        shortest = min(map(len, self._unique)) - 1
+        columns = zip(*(prompt[:shortest] for prompt in self._unique), strict=True)
+        return next((place for place, ids in enumerate(columns) if len(set(ids)) > 1), shortest)
+
     def _forward(self, ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache, *, body_only: bool = False) -> Tensor:
-        """Logits after the last of some tokens, [B, V]; without the head nothing."""
+        """Logits after the last of some tokens, [B, V]; without the head nothing.
+
+        One token at a time where logits are wanted: of more, the head would read a strided slice, for which torch
+        copies its weights once a row.
+        """
         model = self._substrate.model
         run: Any = model.base_model if body_only else model
         known = inspect.signature(run.forward).parameters

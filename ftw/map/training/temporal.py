@@ -30,7 +30,7 @@ from ftw.map.concept import ConceptPack
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import EvaluateConfig, Evaluation, evaluate
 from ftw.map.samples import SampleTable
-from ftw.map.sequences import mark_kinds
+from ftw.map.sequences import mark_kinds, near_kin
 from ftw.map.training.fit import fitting
 from ftw.map.training.sequence_data import SequenceDataModule, SequencePool, build_sequence_pool
 from ftw.map.training.temporal_task import SequenceTask, SequenceTrainingConfig, joined
@@ -251,7 +251,7 @@ def _siblings(table: SampleTable, concepts: ConceptPack | None) -> list[list[int
     place = {name: index for index, name in enumerate(table.concepts)}
     if concepts is None:
         return [[] for _ in table.concepts]
-    return [[place[name] for name in concepts.siblings(one) if name in place] for one in table.concepts]
+    return [[place[name] for name in near_kin(concepts, one) if name in place] for one in table.concepts]
 
 
 def _tensor(array: np.ndarray) -> Tensor:
