@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from ftw.errors import FTWError, PackError
 from ftw.hat.lens import Head, HeadConfig
 from ftw.hat.store import LensStack
+from ftw.map.calibrate import quantile_levels
 from ftw.map.concept import ConceptPack
 from ftw.map.foreign.names import concept_name
 from ftw.map.foreign.state_dict import MAX_BANK_BYTES, ReadLens, parse_lens, read_pt
@@ -30,6 +31,7 @@ from ftw.map.manifest import read_json, safe_member
 from ftw.map.pack import LensPack, Recipe
 
 MAX_LENSES = 200_000
+MAX_QUANTILES = 10_001
 CLAMP = 1e-6  # HatCat keeps probabilities this far from 0 and 1 before it takes a logit
 READERS = 2
 _LEVEL = re.compile(r"layer(\d{1,4})")
@@ -45,6 +47,27 @@ class FoundLens:
     layer: int | None
     place: str
     lens: ReadLens
+
+    @property
+    def key(self) -> str:
+        """How probe_calibration.json names it: layer2/Concept@L19, as its file is named."""
+        stem = self.place.rpartition("/")[2].removesuffix(".pt").replace("_classifier", "")
+        return f"layer{self.level}/{stem if self.is_file else self.concept}"
+
+    @property
+    def is_file(self) -> bool:
+        """It lies in a file of its own, not in a bank."""
+        return not self.place.endswith(".bank.pt")
+
+
+class Background(NamedTuple):
+    """Quantiles of each lens's logits on a background, and the levels they stand for."""
+
+    quantiles_NQ: Tensor
+    levels_Q: Tensor
+
+
+NO_BACKGROUND = Background(torch.empty(0, 0), torch.empty(0))
 
 
 @dataclass(kw_only=True)
@@ -208,16 +231,49 @@ def _stack(
         heads = [head.fold_norm(gain[:, layer], shift[:, layer]) for layer, head in enumerate(heads)]
     # A bank takes the mean over all layers: a lens with fewer probes gets as much more weight for each.
     scale_NL = present_NL * len(layers) / present_NL.sum(1, keepdim=True)
-    notes = []
-    if isinstance(calibration.get("probes"), dict):
-        notes = ["HatCat's percentiles are left out; collect states of a background and calibrate anew"]
+    background, notes = _background(found, calibration)
     return LensStack(
         names=list(rows),
         layers=tuple(layers),
         heads=heads,
         scale_NL=scale_NL,
         offset_NL=torch.zeros(*shape),
+        quantiles_NQ=background.quantiles_NQ,
+        levels_Q=background.levels_Q,
     ), notes
+
+
+def _background(found: list[FoundLens], calibration: Mapping[str, Any]) -> tuple[Background, list[str]]:
+    """Quantiles of every lens's background logits, from those of its probabilities at even levels; else why not."""
+    probes = calibration.get("probes")
+    if not isinstance(probes, dict):
+        return NO_BACKGROUND, []
+    again = "collect states of a background and calibrate anew"
+    if len({(one.concept, one.level) for one in found}) < len(found):
+        # Each probe has its own, and nothing tells those of their mean.
+        return NO_BACKGROUND, [f"the percentiles of concepts with several probes are left out; {again}"]
+    if missing := [one.key for one in found if one.key not in probes]:
+        return NO_BACKGROUND, [
+            f"{len(missing)} lenses have no percentiles ({missing[0]}), so all are left out; {again}"
+        ]
+    kept = [_quantiles(one.key, probes[one.key]) for one in found]
+    if len({len(values_Q) for values_Q in kept}) > 1:
+        return NO_BACKGROUND, [f"percentiles of different fineness are left out; {again}"]
+    logits_NE = torch.stack(kept).clamp(CLAMP, 1 - CLAMP).logit()
+    levels_Q = torch.from_numpy(quantile_levels())
+    place_Q = levels_Q * (logits_NE.shape[1] - 1)
+    below_Q = place_Q.long().clamp_max(logits_NE.shape[1] - 2)
+    quantiles_NQ = torch.lerp(logits_NE[:, below_Q], logits_NE[:, below_Q + 1], place_Q - below_Q).cummax(dim=1).values
+    return Background(quantiles_NQ.float(), levels_Q.float()), []
+
+
+def _quantiles(key: str, probe: Any) -> Tensor:
+    values = probe.get("quantiles") if isinstance(probe, dict) else None
+    if not isinstance(values, list) or not 2 <= len(values) <= MAX_QUANTILES:
+        raise PackError(f"probe_calibration.json: {key} needs a list of 2 to {MAX_QUANTILES} quantiles")
+    if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in values) or values != sorted(values):
+        raise PackError(f"probe_calibration.json: the quantiles of {key} are no rising probabilities")
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _head(lens: Mapping[str, Tensor], layer: int, hidden: int, width: int) -> Head:

@@ -13,7 +13,7 @@ import torch
 from hatcat_pack import SPELLINGS, WIDTH, module, state_of, write_info, write_lens
 from toy_pack import make_pack
 
-from ftw.errors import PackError
+from ftw.errors import FTWError, PackError
 from ftw.hat.bank import normalise
 from ftw.map.foreign.hatcat_read import read_hatcat
 from ftw.map.foreign.hatcat_write import write_hatcat
@@ -86,7 +86,7 @@ def test_several_depths_of_a_concept_are_averaged_over_those_that_it_has(tmp_pat
 
 
 @pytest.mark.parametrize("results", ["list", "dict"])
-def test_figures_come_along_and_percentiles_are_left_out(tmp_path: Path, results: str):
+def test_figures_come_along(tmp_path: Path, results: str):
     write_info(tmp_path, model_layer=4)
     write_lens(tmp_path / "layer0" / "Cat.pt", "plain")
     rows: Any = [{"concept": "Cat", "test_f1": 0.9}]
@@ -94,13 +94,52 @@ def test_figures_come_along_and_percentiles_are_left_out(tmp_path: Path, results
         json.dumps({"results": rows if results == "list" else {"Cat": {"test_f1": 0.9}}})
     )
     (tmp_path / "calibration.json").write_text(json.dumps({"calibration": {"Cat_L0": {"self_mean": 0.8}}}))
-    quantiles = torch.linspace(0.1, 0.9, 1001).tolist()
-    probes = {"layer0/Cat": {"model_layer": 4, "quantiles": quantiles}}
-    (tmp_path / "probe_calibration.json").write_text(json.dumps({"method": "percentile", "probes": probes}))
     pack = read_hatcat(tmp_path).pack
     assert pack.metrics["Cat"]["hatcat"]["results"]["test_f1"] == 0.9
     assert pack.metrics["Cat"]["hatcat"]["calibration"] == {"self_mean": 0.8}
     assert not pack.bank().calibrated
+
+
+def write_percentiles(folder: Path, quantiles: dict[str, Any]) -> None:
+    probes = {key: {"model_layer": 4, "quantiles": values} for key, values in quantiles.items()}
+    (folder / "probe_calibration.json").write_text(json.dumps({"method": "percentile", "probes": probes}))
+
+
+def test_percentiles_are_the_mid_rank_among_the_background_that_hatcat_measured(tmp_path: Path):
+    write_info(tmp_path, model_layer=4)
+    networks = {name: write_lens(tmp_path / "layer0" / f"{name}.pt", "plain") for name in ("Cat", "Dog", "is a")}
+    background_TD, states_BD = torch.randn(4000, WIDTH), torch.randn(50, WIDTH)
+    logits = {name: expected(network, background_TD).detach() for name, network in networks.items()}
+    even = torch.linspace(0, 1, 1001)
+    write_percentiles(tmp_path, {f"layer0/{n}": x.sigmoid().quantile(even).tolist() for n, x in logits.items()})
+    bank = read_hatcat(tmp_path).pack.bank()
+    read_BN = bank(states_BD[:, None])
+    percentile_BN = bank.percentile(read_BN)
+    for column, name in enumerate(bank.names):
+        mine_B1, past_T = expected(networks[name], states_BD).detach()[:, None], logits[name]
+        # A random network with dead units says the same of many states: such a tie has the middle of its ranks.
+        near = 1e-5
+        rank_B = ((past_T < mine_B1 - near).float() + (past_T <= mine_B1 + near).float()).mean(1) / 2
+        assert (percentile_BN[:, column] - rank_B).abs().max() < 0.01
+
+
+def test_percentiles_that_cannot_be_taken_over_are_left_out_and_said_so(tmp_path: Path):
+    write_info(tmp_path)
+    for layer in (4, 9):
+        write_lens(tmp_path / "layer0" / f"Cat@L{layer}.pt", "plain")
+    write_percentiles(tmp_path, {f"layer0/Cat@L{layer}": [0.1, 0.9] for layer in (4, 9)})
+    found = read_hatcat(tmp_path)
+    assert not found.pack.bank().calibrated
+    assert any("several probes" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.9, 0.1], [0.1, 7], ["a", "b"], 3, [float("nan"), 0.5]], ids=str)
+def test_hostile_percentiles_are_refused(tmp_path: Path, values: Any):
+    write_info(tmp_path, model_layer=4)
+    write_lens(tmp_path / "layer0" / "Cat.pt", "plain")
+    write_percentiles(tmp_path, {"layer0/Cat": values})
+    with pytest.raises(FTWError, match=r"probe_calibration|NaN"):
+        read_hatcat(tmp_path)
 
 
 def test_a_repeated_name_gets_its_level_and_bfloat16_stays_so(tmp_path: Path):
@@ -121,6 +160,7 @@ def test_an_exported_pack_comes_back_with_the_same_logits(tmp_path: Path, kind: 
     states = torch.randn(16, len(pack.recipe.layers), 32)
     mine, theirs = (one.subset(pack.names).bank() for one in (pack, found.pack))
     assert (mine(states) - theirs(states)).abs().max() < 1e-5
+    assert theirs.calibrated == (len(pack.recipe.layers) == 1)
     assert found.pack.levels == pack.levels
     assert found.pack.concepts is not None
     with pytest.raises(PackError, match="not empty"):
