@@ -174,6 +174,20 @@ def test_states_and_words_together_lean_on_the_one_that_knows():
     assert missing == [1, 0, 0]
 
 
+def test_a_system_that_is_not_above_chance_out_of_fold_is_left_out_once_there_are_rows_to_tell():
+    rng = np.random.default_rng(0)
+
+    def stacked(num: int, *signals: tuple[float, float]) -> list[list[float]]:
+        labels = (np.arange(num) % 2).astype(np.float32)
+        rows = LensRows("x", np.arange(num), labels, np.ones(num, dtype=np.float32), np.arange(num).astype(str))
+        systems = [[signal * (2 * labels - 1) + rng.normal(size=num) for signal in pair] for pair in signals]
+        return [stack_with_text([rows], [states], [words])[0].tolist() for states, words in systems]
+
+    assert stacked(400, (0, 0), (0, 1), (1, 0)) == [[0, 1, 0], [0, 1, 0], [1, 0, 0]]
+    # Twenty rows cannot show that a weak system is one: it keeps the weight it was given.
+    assert min(stacked(20, (0.5, 0.5))[0][:2]) > 0
+
+
 def test_a_pooling_survives_its_tensors_and_refuses_damaged_ones(solved: Solved):
     pooling = solved.stack.pooling
     assert pooling is not None
