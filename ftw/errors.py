@@ -29,6 +29,10 @@ class DataError(FTWError):
     """Texts, labels or states that nothing honest can be computed on."""
 
 
+class LeakError(DataError):
+    """Texts or groups that stand on both sides of a split."""
+
+
 class EncyclopediaError(FTWError):
     """A store of states that is damaged, incomplete, or of another substrate."""
 

@@ -13,6 +13,7 @@ from ftw.map.compose import ComposeConfig
 from ftw.map.concept_source import ConceptsConfig
 from ftw.map.evaluate import EvaluateConfig
 from ftw.map.labelled import LabelledConfig
+from ftw.map.leaks import LeakConfig
 from ftw.map.sequences import SequencesConfig
 from ftw.map.text_control import TextConfig
 from ftw.map.training.lens_task import TrainingConfig
@@ -38,6 +39,7 @@ class MapNode:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     text: TextConfig = field(default_factory=TextConfig)
     sequences: SequenceTrainingConfig = field(default_factory=SequenceTrainingConfig)
+    leaks: LeakConfig = field(default_factory=LeakConfig)
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ from ftw.ui.terminal import overview
 
 def demo(job: DemoJob) -> None:
     """Fetch, build, collect, train, calibrate, evaluate, and read an answer token by token."""
-    run_steps = steps(total=5, console=Console())
+    run_steps = steps(total=6, console=Console())
     trained = train_run(job, run_steps)
     if trained is None:
         return

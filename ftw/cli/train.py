@@ -19,8 +19,10 @@ from ftw.hat.timeline import Timeline
 from ftw.map.collect import collect
 from ftw.map.estimate import estimate
 from ftw.map.evaluate import Evaluation
+from ftw.map.leaks import check_leaks
 from ftw.map.pack import LensPack
-from ftw.map.training.train import FitConfig, train_pack
+from ftw.map.sequences import SequencesConfig
+from ftw.map.training.train import FitConfig, leak_config, train_pack
 from ftw.substrate.model import Substrate
 from ftw.ui.report import write_report
 from ftw.ui.steps import Steps, steps
@@ -53,22 +55,17 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
         cost = estimate(made.table, config.spec(substrate), substrate, measure=True)
         console.print("\n".join(cost.lines()), highlight=False)
         return None
+    fit = fit_config(job)
+    with run_steps.step("Look for leaks between the splits") as step:
+        leaks = check_leaks(made.table, leak_config(fit, sampled=isinstance(job.data, SequencesConfig)))
+        step.note(leaks.line())
     with run_steps.step("Collect states") as step:
         encyclopedia = collect(substrate, made.table, config)
         step.note(f"{len(made.table):,} texts, layers {', '.join(map(str, encyclopedia.spec.layers))}")
     with encyclopedia, run_steps.step("Train, calibrate, evaluate") as step, _resumable(job, folder), loggers_closed():
         pack, evaluation = train_pack(
             encyclopedia,
-            FitConfig(
-                head=job.hat.lens,
-                training=job.map.training,
-                text=job.map.text,
-                sequences=job.map.sequences,
-                evaluate=job.evaluate,
-                pack_id=job.pack_id,
-                version=job.version,
-                seed=job.seed,
-            ),
+            fit,
             substrate=substrate,
             concepts=made.concepts,
             trainer=lambda callbacks: make_trainer(job, callbacks, step),
@@ -76,9 +73,25 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
             checkpoint=None if job.resume is None else Path(job.resume),
             provenance=_run.provenance(job, sources.fetched),
             watch_prompt=job.watch_prompt,
+            leaks=leaks,
         )
         step.note(f"{len(pack.names):,} lenses")
     return Trained(pack, evaluation, substrate, sources, made, folder)
+
+
+def fit_config(job: TrainJob) -> FitConfig:
+    """What decides the fit, of a job."""
+    return FitConfig(
+        head=job.hat.lens,
+        training=job.map.training,
+        text=job.map.text,
+        sequences=job.map.sequences,
+        leaks=job.map.leaks,
+        evaluate=job.evaluate,
+        pack_id=job.pack_id,
+        version=job.version,
+        seed=job.seed,
+    )
 
 
 @contextlib.contextmanager

@@ -18,9 +18,10 @@ from typing import TypeVar
 import numpy as np
 from rich.progress import track
 
-from ftw.errors import ConfigError, DataError
+from ftw.errors import ConfigError, DataError, LeakError
 from ftw.map.concept import ConceptPack
 from ftw.map.kinship import Indices, Kinship
+from ftw.map.leaks import LeakConfig, find_leaks
 from ftw.map.samples import SampleTable
 from ftw.map.sentences import CONTEXTS, GENERATION_PROMPTS, phrase, written
 from ftw.map.wikipedia import PARTS, Article, cut, load_articles, part, title_senses
@@ -119,7 +120,7 @@ def compose(
             if text := written(reply, config.max_characters):
                 _add(train, text, _Draft(f"prompt: {prompt}", "train", "generated", synsets={synset}, free=True))
     test, background = _natural(kinship, config, seed, _articles(config, articles))
-    table = _marked(kinship, train, test, background, config, seed)
+    table = _without_copies(_marked(kinship, train, test, background, config, seed))
     check_leaks(table)
     if lacking := _without(table, "train", 1):
         names = ", ".join(repr(name) for name, _ in lacking[:8])
@@ -319,11 +320,21 @@ def _natural(
     return chosen, {cut(article.text, config.max_characters): article.title for article in drawn}
 
 
+def _without_copies(table: SampleTable) -> SampleTable:
+    """The table without articles that a training text repeats: some definitions are taken from them."""
+    copied = find_leaks(table, LeakConfig().similarity).pairs
+    if not copied:
+        return table
+    kept = np.ones(len(table), dtype=bool)
+    kept[[test for _, test in copied]] = False
+    return table.select(np.flatnonzero(kept), table.concepts)
+
+
 def check_leaks(table: SampleTable) -> None:
     """Refuse a table in which a text stands in two splits, be it with other case, spaces or punctuation.
 
     Raises:
-        DataError: names the texts.
+        LeakError: names the texts.
     """
     known: dict[str, int] = {}
     leaks = []
@@ -333,7 +344,7 @@ def check_leaks(table: SampleTable) -> None:
         if table.splits[other] != table.splits[row]:
             leaks.append(f"{text[:80]!r} in {table.splits[other]} ({table.groups[other]}) and {table.splits[row]}")
     if leaks:
-        raise DataError(f"{len(leaks)} texts stand in two splits: " + "; ".join(leaks[:5]))
+        raise LeakError(f"{len(leaks)} texts stand in two splits: " + "; ".join(leaks[:5]))
 
 
 # --- who says what about whom -------------------------------------------------------------------------------------

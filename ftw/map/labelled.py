@@ -16,12 +16,13 @@ from typing import Any, TypeAlias
 
 from rich.progress import track
 
-from ftw.errors import ConfigError, DataError
+from ftw.errors import ConfigError, DataError, LeakError
 from ftw.map.division import Row, chosen_places, divide, join_near_duplicates
 from ftw.map.rows import MAX_TEXT_CHARACTERS, read_rows, stem, supported
 from ftw.map.samples import SPLITS, SampleTable, SampleTableBuilder
 
 OVER_MAX = "over max_rows"
+LEAKS = ("text in both splits (left out of train)", "group in both splits (left out of train)")
 # Rows looked at for every row wanted: duplicates, leaks and groups of one label only take some of them away.
 LOOK_AT = 3
 
@@ -45,6 +46,7 @@ class LabelledConfig:
             here, three times as many are looked at, which bounds the search for near-duplicates too.
         max_characters: what is over is cut off before anything else is done with a text; 0 cuts nothing.
         near_duplicates: Jaccard similarity of word runs from which on texts of a concept share a group; 0: do not look.
+        leaks: a text or group that the files put into both splits of a concept: "error", or "drop" (out of train).
     """
 
     kind: str = "labelled"
@@ -61,6 +63,7 @@ class LabelledConfig:
     max_rows: dict[str, int] = field(default_factory=dict)
     max_characters: int = 0
     near_duplicates: float = 0.7
+    leaks: str = "error"
 
 
 @dataclass(kw_only=True)
@@ -107,6 +110,7 @@ def read(config: LabelledConfig, seed: int) -> tuple[SampleTable, RowReport]:
 
     Raises:
         DataError: no such file, no usable row, two string labels without `positive`, one class in a concept's split.
+        LeakError: a text or group in both splits, unless `leaks` is "drop".
         ConfigError: an option out of its range.
     """
     _check_options(config)
@@ -128,6 +132,7 @@ def read(config: LabelledConfig, seed: int) -> tuple[SampleTable, RowReport]:
             divide(rows, config.test_fraction, seed)
         rows = _without_leaks(rows, report)
         marked[name] = _capped(rows, config.max_rows, seed, report)
+    _check_leaks(config, report)
     for name, rows in marked.items():
         report.counts[name] = _count(rows)
     _check_classes(report)
@@ -140,6 +145,8 @@ def _check_options(config: LabelledConfig) -> None:
         raise ConfigError(f"data.string_labels={config.string_labels!r}: the choices are error, sorted")
     if not 0 < config.test_fraction < 1:
         raise ConfigError(f"data.test_fraction={config.test_fraction}: must lie between 0 and 1, without both ends")
+    if config.leaks not in ("error", "drop"):
+        raise ConfigError(f"data.leaks={config.leaks!r}: the choices are error, drop")
     for split, limit in config.max_rows.items():
         if split not in ("train", "test") or limit < 1:
             raise ConfigError(
@@ -330,10 +337,19 @@ def _without_leaks(rows: list[Row], report: RowReport) -> list[Row]:
     """Test rows, and those training rows whose text and group are not among them."""
     texts = {row.text for row in rows if row.split == "test"}
     groups = {row.group for row in rows if row.split == "test"}
-    reason = "text in both splits (left out of train)"
-    rows = _keep(rows, [row.split == "test" or row.text not in texts for row in rows], reason, report)
-    reason = "group in both splits (left out of train)"
-    return _keep(rows, [row.split == "test" or row.group not in groups for row in rows], reason, report)
+    rows = _keep(rows, [row.split == "test" or row.text not in texts for row in rows], LEAKS[0], report)
+    return _keep(rows, [row.split == "test" or row.group not in groups for row in rows], LEAKS[1], report)
+
+
+def _check_leaks(config: LabelledConfig, report: RowReport) -> None:
+    """What the files put on both sides of a split ends the run, unless it is said to be left out."""
+    found = {reason: report.rejected[reason] for reason in LEAKS if reason in report.rejected}
+    if config.leaks == "error" and found:
+        told = "; ".join(f"{len(rows):,} rows: {reason}, {', '.join(rows[:5])}" for reason, rows in found.items())
+        raise LeakError(
+            f"training rows that the test rows of {config.path} repeat: {told}. (Texts of nearly the same words are "
+            "one group: data.near_duplicates.) Take them out of one split, or leave them out of train: data.leaks=drop"
+        )
 
 
 def _keep(rows: list[Row], wanted: Sequence[bool], reason: str, report: RowReport) -> list[Row]:

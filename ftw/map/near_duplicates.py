@@ -7,7 +7,6 @@ Source: Broder 1997, On the resemblance and containment of documents; the sketch
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -75,14 +74,3 @@ def join(parent: list[int], one: int, other: int) -> None:
     """Make two groups one; the earlier first member names it."""
     first, second = sorted((root(parent, one), root(parent, other)))
     parent[second] = first
-
-
-def leaks(texts: Sequence[str], splits: Sequence[str], *, similarity: float = 0.7) -> list[tuple[int, int]]:
-    """Pairs (training text, test text) of one group of near-duplicates, one pair a group; empty where nothing leaks."""
-    groups = near_duplicate_groups(texts, similarity=similarity)
-    found: dict[int, dict[str, int]] = {}
-    sizes = Counter(groups)
-    for place, (group, split) in enumerate(zip(groups, splits, strict=True)):
-        if sizes[group] > 1:
-            found.setdefault(group, {}).setdefault(split, place)
-    return [(sides["train"], sides["test"]) for sides in found.values() if {"train", "test"} <= sides.keys()]

@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftw.errors import ConfigError, DataError
+from ftw.errors import ConfigError, DataError, LeakError
 from ftw.map import rows as row_reader
 from ftw.map.labelled import LabelledConfig, RowReport, read
 from ftw.map.samples import SampleTable
@@ -92,7 +92,7 @@ BAD = [
 
 def test_each_bad_row_is_left_out_by_its_reason_and_named_by_its_line(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "mixed.jsonl", [*GOOD, "", *(line for line, _ in BAD)])
-    table, report = read_path(path)
+    table, report = read_path(path, leaks="drop")
     assert len(table) == report.num_kept == 16
     expected: dict[str, list[str]] = {}
     for number, (_, reason) in enumerate(BAD, start=18):  # a blank line is no row, but it is a line
@@ -129,9 +129,12 @@ def test_a_text_with_two_labels_is_left_out_wholly(tmp_path: Path) -> None:
     assert report.rejected["contradictory labels for the same text"] == ["a.jsonl:1", "a.jsonl:17"]
 
 
-def test_a_group_in_both_splits_stays_in_test_only(tmp_path: Path) -> None:
+def test_a_group_in_both_splits_ends_the_run_or_stays_in_test_only(tmp_path: Path) -> None:
     lines = [dict(line, group=f"g{n % 7}" if n in (1, 8) else f"own {n}") for n, line in enumerate(GOOD)]
-    table, report = read_path(write_lines(tmp_path / "a.jsonl", lines))
+    path = write_lines(tmp_path / "a.jsonl", lines)
+    with pytest.raises(LeakError, match=r"group in both splits.*a\.jsonl:2.*data\.leaks=drop"):
+        read_path(path)
+    table, report = read_path(path, leaks="drop")
     assert report.rejected["group in both splits (left out of train)"] == ["a.jsonl:2"]
     sides = {group: {table.splits[n] for n, g in enumerate(table.groups) if g == group} for group in table.groups}
     assert all(len(side) == 1 for side in sides.values())

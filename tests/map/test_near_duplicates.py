@@ -7,7 +7,8 @@ import pytest
 
 from ftw.errors import DataError
 from ftw.map.labelled import LabelledConfig, read
-from ftw.map.near_duplicates import leaks, near_duplicate_groups, word_runs
+from ftw.map.leaks import find_leaks
+from ftw.map.near_duplicates import near_duplicate_groups, word_runs
 
 SENTENCE = "the old captain walked slowly down to the harbour to look at the ships before the storm came in"
 
@@ -43,12 +44,6 @@ def test_a_similarity_outside_its_range_is_refused(similarity):
         near_duplicate_groups(["a"], similarity=similarity)
 
 
-def test_leaks_names_a_pair_on_both_sides():
-    texts = [SENTENCE, "other words entirely here", SENTENCE.upper()]
-    assert leaks(texts, ["train", "train", "test"]) == [(0, 2)]
-    assert leaks(texts, ["train", "test", "train"]) == []
-
-
 def test_near_duplicates_never_stand_on_both_sides_of_a_split(tmp_path):
     draw = random.Random(0)
     words = [f"w{n}" for n in range(500)]
@@ -60,7 +55,7 @@ def test_near_duplicates_never_stand_on_both_sides_of_a_split(tmp_path):
     file = tmp_path / "twins.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     table, report = read(LabelledConfig(path=str(file)), seed=0)
-    assert leaks(table.texts, table.splits) == []
+    assert not find_leaks(table, 0.7)
     assert report.num_near_duplicates == 180 == report.num_kept
     loose, _ = read(LabelledConfig(path=str(file), near_duplicates=0), seed=0)
-    assert leaks(loose.texts, loose.splits)
+    assert find_leaks(loose, 0.7).pairs

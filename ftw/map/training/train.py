@@ -18,6 +18,7 @@ from ftw.map.collect import CollectConfig, collect
 from ftw.map.concept import ConceptPack
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import EvaluateConfig, Evaluation
+from ftw.map.leaks import LeakConfig, LeakReport, check_leaks
 from ftw.map.pack import LensPack
 from ftw.map.samples import SampleTable, SampleTableBuilder
 from ftw.map.text_control import TextConfig
@@ -44,7 +45,7 @@ class FitConfig:
 
     Attributes:
         head: family. training: how it is fitted. text: the text lenses. evaluate: figures and intervals.
-        sequences: how sequence lenses are fitted.
+        sequences: how sequence lenses are fitted. leaks: what is looked for before.
         pack_id, version: of the pack. seed: of folds, batches, initial weights and controls.
     """
 
@@ -53,6 +54,7 @@ class FitConfig:
     text: TextConfig = field(default_factory=TextConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sequences: SequenceTrainingConfig = field(default_factory=SequenceTrainingConfig)
+    leaks: LeakConfig = field(default_factory=LeakConfig)
     pack_id: str = "lenses"
     version: str = "0.1.0"
     seed: int = 0
@@ -70,6 +72,7 @@ def train_pack(
     provenance: dict[str, Any] | None = None,
     watch_prompt: str | None = None,
     step: Callable[[str], None] = lambda _: None,
+    leaks: LeakReport | None = None,
 ) -> tuple[LensPack, Evaluation | None]:
     """Fit, calibrate, control and evaluate the lenses of an encyclopedia.
 
@@ -77,78 +80,132 @@ def train_pack(
         trainer: makes the Lightning trainer from the callbacks it must have; default: a quiet one.
         folder: where the pack is saved. checkpoint: of a run to go on with.
         watch_prompt: read during training, for the loggers. step: told what is being done.
+        leaks: of the table, where they were looked for already.
 
     Returns:
         The pack, and its evaluation; None where the table has no test rows.
 
     Raises:
         EncyclopediaError: the states are of another substrate. DataError: a concept of one class, or no training rows.
+        LeakError: texts or groups on both sides of the split, and `config.leaks` does not allow them.
         KeyboardInterrupt: on Ctrl-C; with a checkpoint callback the run can go on.
     """
     encyclopedia.check_substrate(substrate.name, substrate.fingerprint)
     quiet_lightning()
+    run = _Run(
+        encyclopedia=encyclopedia,
+        config=config,
+        substrate=substrate,
+        concepts=concepts,
+        trainer=trainer,
+        folder=folder,
+        checkpoint=checkpoint,
+        provenance=provenance or {},
+        watch_prompt=watch_prompt,
+        step=step,
+    )
+    if leaks is None:
+        leaks = check_leaks(encyclopedia.table, leak_config(config, sampled=encyclopedia.spec.sampling is not None))
     if config.head.reads_sequences:
-        return train_sequence_pack(
-            encyclopedia,
-            config,
-            substrate=substrate,
-            concepts=concepts,
-            trainer=trainer,
-            folder=folder,
-            checkpoint=checkpoint,
-            provenance=provenance or {},
-            step=step,
-        )
-    if encyclopedia.spec.sampling:
+        pack, evaluation = run.sequences()
+    elif encyclopedia.spec.sampling:
         raise ConfigError(
             f"hat.lens.family={config.head.family!r} reads pooled states, and sampled answers have none; "
             "choose hat/lens=lstm, gru, attention, trunk_lstm or token_max"
         )
-    solver = solver_of(config)
+    else:
+        pack, evaluation = run.by_descent() if solver_of(config) == "adamw" else run.in_closed_form()
+    if evaluation is not None:
+        evaluation.notes.append(leaks.line())
+    return pack, evaluation
 
-    def pack_of(fitted: Fitted) -> tuple[LensPack, Evaluation | None]:
-        return finish(
-            fitted,
-            encyclopedia,
-            config,
-            substrate=substrate,
-            concepts=concepts,
-            provenance=provenance or {},
-            step=step,
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The arguments of `train_pack`, and the three ways from states to a pack."""
+
+    encyclopedia: Encyclopedia
+    config: FitConfig
+    substrate: Substrate
+    concepts: ConceptPack | None
+    trainer: Callable[[list[pl.Callback]], pl.Trainer] | None
+    folder: Path | None
+    checkpoint: Path | None
+    provenance: dict[str, Any]
+    watch_prompt: str | None
+    step: Callable[[str], None]
+
+    def sequences(self) -> tuple[LensPack, Evaluation | None]:
+        """Sequence lenses on sampled answers."""
+        return train_sequence_pack(
+            self.encyclopedia,
+            self.config,
+            substrate=self.substrate,
+            concepts=self.concepts,
+            trainer=self.trainer,
+            folder=self.folder,
+            checkpoint=self.checkpoint,
+            provenance=self.provenance,
+            step=self.step,
         )
 
-    if solver != "adamw":
-        if checkpoint is not None:
+    def in_closed_form(self) -> tuple[LensPack, Evaluation | None]:
+        """The recipe, or discriminants: no epochs."""
+        config, solver = self.config, solver_of(self.config)
+        if self.checkpoint is not None:
             raise ConfigError(
                 f"resume: map.training.solver={solver} takes a moment and leaves no checkpoint; leave resume out, "
                 "or take the solver that the checkpoint was made with"
             )
         # Built first: what is wrong with its options should be said before the work.
-        loggers = [] if trainer is None else trainer([]).loggers
+        loggers = [] if self.trainer is None else self.trainer([]).loggers
         if not config.training.pools:
-            pools = ["mean"] if concepts is not None else list(STATE_POOLS)
+            pools = ["mean"] if self.concepts is not None else list(STATE_POOLS)
             config = replace(config, training=replace(config.training, pools=pools))
-        pack, evaluation = pack_of((_recipe if solver == "logistic" else _closed_form)(encyclopedia, config, step))
-        if folder is not None:
-            pack.save(folder)
-            log_pack(loggers, folder, pack)
+        fitted = (_recipe if solver == "logistic" else _closed_form)(self.encyclopedia, config, self.step)
+        pack, evaluation = self._finish(fitted, config)
+        if self.folder is not None:
+            pack.save(self.folder)
+            log_pack(loggers, self.folder, pack)
         if evaluation is not None:
             log_evaluation(loggers, evaluation)
         return pack, evaluation
 
-    def of_task(stack: LensStack, pool: Pool, task: LensTask) -> tuple[LensPack, Evaluation | None]:
-        return pack_of(Fitted(stack, solver, lambda: _shuffled_by_descent(pool, task, config)))
+    def by_descent(self) -> tuple[LensPack, Evaluation | None]:
+        """Heads of any family, by Lightning."""
+        config = self.config
 
-    data = EncyclopediaDataModule(encyclopedia, config.training, seed=config.seed)
-    task = build_task(data.pool, config.head, config.training, seed=config.seed)
-    callback = LensBankCallback(encyclopedia, of_task, folder=folder, watch_prompt=watch_prompt, substrate=substrate)
-    built = trainer([callback]) if trainer else quiet_trainer(EPOCHS, callbacks=[callback])
-    with fitting():
-        built.fit(task, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
-    assert callback.pack is not None  # made when fitting ends
-    if folder is not None:
-        log_pack(built.loggers, folder, callback.pack)
-    return callback.pack, callback.evaluation
+        def of_task(stack: LensStack, pool: Pool, task: LensTask) -> tuple[LensPack, Evaluation | None]:
+            return self._finish(Fitted(stack, "adamw", lambda: _shuffled_by_descent(pool, task, config)), config)
+
+        data = EncyclopediaDataModule(self.encyclopedia, config.training, seed=config.seed)
+        task = build_task(data.pool, config.head, config.training, seed=config.seed)
+        callback = LensBankCallback(
+            self.encyclopedia, of_task, folder=self.folder, watch_prompt=self.watch_prompt, substrate=self.substrate
+        )
+        built = self.trainer([callback]) if self.trainer else quiet_trainer(EPOCHS, callbacks=[callback])
+        with fitting():
+            built.fit(task, datamodule=data, ckpt_path=None if self.checkpoint is None else str(self.checkpoint))
+        assert callback.pack is not None  # made when fitting ends
+        if self.folder is not None:
+            log_pack(built.loggers, self.folder, callback.pack)
+        return callback.pack, callback.evaluation
+
+    def _finish(self, fitted: Fitted, config: FitConfig) -> tuple[LensPack, Evaluation | None]:
+        return finish(
+            fitted,
+            self.encyclopedia,
+            config,
+            substrate=self.substrate,
+            concepts=self.concepts,
+            provenance=self.provenance,
+            step=self.step,
+        )
+
+
+def leak_config(config: FitConfig, *, sampled: bool) -> LeakConfig:
+    """What is looked for; prompts are alike by construction, and their answers are what lenses read."""
+    return replace(config.leaks, similarity=0.0) if sampled else config.leaks
 
 
 def solver_of(config: FitConfig) -> str:
@@ -193,12 +250,13 @@ def train_lenses(
         DataError: texts and labels of unequal length, or of one class.
     """
     table = data if isinstance(data, SampleTable) else _table(*data, concept=concept)
-    capture = collect_config or CollectConfig()
+    config, capture = config or FitConfig(), collect_config or CollectConfig()
+    leaks = check_leaks(table, config.leaks)
     if not len(table.where("background")) and not capture.tokens_per_text.get("train"):
         # Percentiles need tokens to rank against; without a background split a few of each training text serve.
         capture = replace(capture, tokens_per_text={**capture.tokens_per_text, "train": 4})
     with collect(substrate, table, capture, progress=progress) as encyclopedia:
-        return train_pack(encyclopedia, config or FitConfig(), substrate=substrate)[0]
+        return train_pack(encyclopedia, config, substrate=substrate, leaks=leaks)[0]
 
 
 def _recipe(encyclopedia: Encyclopedia, config: FitConfig, step: Callable[[str], None]) -> Fitted:
