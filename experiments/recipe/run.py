@@ -1,8 +1,8 @@
 """What is each choice of the default recipe worth? Every case changes one thing and is compared set by set.
 
-Reads the states that `ftw collect experiment=sae_probes` keeps. With --sets they are fewer,
-spread evenly over how well words alone rank *training* rows. Penalties, weights and calibration come from training rows. Test rows are read once a case, and
-choose nothing. A case that is finished is kept in the output folder, so a stopped run goes on with the same command.
+Reads the states that `ftw collect experiment=sae_probes` keeps. With --sets they are fewer, spread evenly over how well
+words alone rank *training* rows. Penalties, weights and calibration come from training rows; test rows are read once a
+case, and choose nothing. A finished case is kept in the output folder, so a stopped run goes on with the same command.
 
 Axes: S rows of one set, N sets, L layers, D model width, T tokens.
 """

@@ -80,7 +80,7 @@ def picture(lines: list[Line], path: Path) -> None:
     axes.set_yticks(range(len(shown)), [f"{line.varied}: {line.case}" for line in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(
-        f"AUROC minus the default's (heads: minus the logistic head's), mean over {shown[0].num_sets} sets, 95 % over sets"
+        f"AUROC minus the default's (of heads: minus the logistic head's); mean of {shown[0].num_sets} sets, 95 %"
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
