@@ -21,6 +21,7 @@ from ftw.hat.lens import HeadConfig
 from ftw.hat.pooling import Pooling, pooling_from_tensors
 from ftw.hat.store import LensStack, head_of, quantised, read_tensors, stack_from_tensors, write_tensors
 from ftw.hat.temporal.bank import POOLS, PooledTokens, SequenceReader
+from ftw.hat.temporal.pooled_windows import PooledWindows
 from ftw.hat.text import TextBank
 from ftw.hat.text_embedding import FAMILIES, AnyText, EmbeddingBank
 from ftw.map import versions
@@ -73,12 +74,13 @@ class LensPack:
         return self.stack.bank()
 
     def reader(self) -> SequenceReader:
-        """The lenses as what reads windows: sequence lenses, or those of single states over a window's pool."""
-        if self.stack.reads_sequences:
-            return self.stack.sequence_bank()
-        pool = self.recipe.pooling
-        # Lenses that weigh several pools have a logit of the mean state as well, and read windows by that.
-        return PooledTokens(self.stack.bank(), pool if pool in POOLS else "mean")
+        """The lenses as what reads windows: sequence lenses, or those of texts, which read a window as a text."""
+        stack, pool = self.stack, self.recipe.pooling
+        if stack.reads_sequences:
+            return stack.sequence_bank()
+        if stack.pooling is not None:
+            return PooledWindows(stack.bank(), stack.heads, stack.pooling)
+        return PooledTokens(stack.bank(), pool if pool in POOLS else "mean")
 
     def check(self, substrate: Substrate) -> None:
         """Refuse another substrate than the one the lenses were trained on.

@@ -6,7 +6,7 @@ from typing import Any
 
 from ftw.errors import PackError
 
-PER_LENS = "per lens"
+PER_LENS, SEQUENCE = "per lens", "sequence"
 
 
 @dataclass(kw_only=True)
@@ -16,7 +16,8 @@ class Recipe:
     Attributes:
         substrate, fingerprint, width: the language model. dtype: of its weights when states were collected.
         layers: blocks whose outputs are read. normalisation: of each token's state, before any lens.
-        pooling: what a decision about a whole text is made of: a pool, or "per lens" (chosen for each).
+        pooling: what a decision about a whole text is made of: a pool, "per lens" (chosen for each), or "sequence"
+            (token after token).
         max_tokens: of a text, in training.
         family, hidden, basis_rank: of the lenses. prior: base rate that probabilities are for.
         solver, l2, penalties, shrinkage, folds and seed: of the fit.

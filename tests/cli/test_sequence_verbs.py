@@ -31,6 +31,19 @@ def test_sequence_lenses_train_on_kept_tokens_of_texts_and_beat_their_controls_o
     assert {"auroc_token_max", "auroc_text", "auroc_shuffled", "accuracy_all"} <= set(figures)
 
 
+def test_sequence_lenses_are_judged_on_other_texts_and_other_lenses_on_no_answers(
+    toy: ToyRun, sequence_pack: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = toy.folder / "judged"
+    words = [*toy.substrate, f"texts={toy.texts}"]
+    run_verb("evaluate", *words, f"pack={sequence_pack}", f"hydra.run.dir={folder}")
+    again = json.loads((folder / "metrics.json").read_text())["mean"]
+    trained = json.loads((sequence_pack.parent / "metrics.json").read_text())["mean"]
+    assert again["accuracy_all"] == pytest.approx(trained["accuracy_all"], abs=1e-6)
+    assert {"auroc", "auroc_text"} <= set(again)
+    assert not (folder / "cards.html").exists()
+
+
 def test_monitoring_in_windows_tells_each_window_and_its_story_can_be_shown(
     toy: ToyRun, sequence_pack: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
 
 from ftw.hat.store import LensStack
+from ftw.hat.text_embedding import AnyText
 from ftw.map.concept import ConceptPack
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import Evaluation
 from ftw.map.pack import LensPack, Recipe, head_fields
+from ftw.map.recipe import SEQUENCE
 from ftw.map.samples import SampleTable
 from ftw.map.sequences import NEGATED
 from ftw.map.text_control import fit_text_bank
@@ -43,24 +46,16 @@ def train_sequence_pack(
     step: Callable[[str], None],
 ) -> tuple[LensPack, Evaluation | None]:
     """Fit, calibrate, control and evaluate sequence lenses (arguments as `train_pack`)."""
-    built: list[pl.Trainer] = []
-
-    def make(number: int) -> pl.Trainer:
-        if trainer is None or number:  # loggers and checkpoints are those of the first group
-            epochs = built[0].max_epochs if built else EPOCHS
-            return quiet_trainer(epochs or EPOCHS)
-        built.append(trainer([]))
-        return built[0]
-
+    trainers = _Trainers(trainer)
     step("lenses")
-    stack, controls, shuffled = fit_and_control(
+    fitted = fit_and_control(
         encyclopedia,
         config.head,
         config.sequences,
         folds=config.training.folds,
         basis_rank=config.training.basis_rank,
-        trainer=make,
-        quiet=lambda _: quiet_trainer((built[0].max_epochs if built else EPOCHS) or EPOCHS),
+        trainer=trainers.of_group,
+        quiet=trainers.quiet,
         with_shuffled=config.training.num_shuffles > 0,
         seed=config.seed,
         checkpoint=None if checkpoint is None else str(checkpoint),
@@ -72,33 +67,69 @@ def train_sequence_pack(
     if len(encyclopedia.table.where("test")):
         step("evaluate")
         evaluation = evaluate_sequences(
-            stack,
+            fitted.stack,
             encyclopedia,
             config=config.evaluate,
             concepts=concepts,
             words=words,
             text=text,
-            controls=controls,
-            shuffled=shuffled,
+            controls=fitted.controls,
+            shuffled=fitted.shuffled,
         )
-    pack = LensPack(
+    recipe = _recipe(fitted.stack, encyclopedia, config, substrate)
+    pack = _pack(fitted.stack, config, recipe, concepts=concepts, text=text, evaluation=evaluation, origin=provenance)
+    if folder is not None:
+        pack.save(folder)
+        log_pack(trainers.loggers, folder, pack)
+    if evaluation is not None:
+        log_evaluation(trainers.loggers, evaluation)
+    return pack, evaluation
+
+
+class _Trainers:
+    """Trainers for groups of lenses: loggers and checkpoints are those of the first, epochs of all."""
+
+    def __init__(self, make: Callable[[list[pl.Callback]], pl.Trainer] | None) -> None:
+        self._make, self._first = make, list[pl.Trainer]()
+
+    @property
+    def loggers(self) -> list[Logger]:
+        return self._first[0].loggers if self._first else []
+
+    def of_group(self, number: int) -> pl.Trainer:
+        if self._make is None or number:
+            return self.quiet(number)
+        self._first.append(self._make([]))
+        return self._first[0]
+
+    def quiet(self, _: int) -> pl.Trainer:
+        epochs = self._first[0].max_epochs if self._first else None
+        return quiet_trainer(epochs or EPOCHS)
+
+
+def _pack(
+    stack: LensStack,
+    config: "FitConfig",
+    recipe: Recipe,
+    *,
+    concepts: ConceptPack | None,
+    text: AnyText,
+    evaluation: Evaluation | None,
+    origin: dict[str, Any],
+) -> LensPack:
+    figures = {} if evaluation is None else evaluation.to_json()
+    return LensPack(
         pack_id=config.pack_id,
         version=config.version,
         stack=stack,
-        recipe=_recipe(stack, encyclopedia, config, substrate),
+        recipe=recipe,
         levels={name: concepts[name].level if concepts is not None and name in concepts else 0 for name in stack.names},
         concepts=concepts,
         text=text,
-        metrics={} if evaluation is None else evaluation.to_json()["concepts"],
-        provenance=provenance,
+        metrics=figures.get("concepts", {}),
+        mean_metrics=figures.get("mean", {}),
+        provenance=origin,
     )
-    if folder is not None:
-        pack.save(folder)
-    if built and evaluation is not None:
-        log_evaluation(built[0].loggers, evaluation)
-    if built and folder is not None:
-        log_pack(built[0].loggers, folder, pack)
-    return pack, evaluation
 
 
 def spoken(encyclopedia: Encyclopedia, substrate: Substrate) -> SampleTable:
@@ -123,7 +154,7 @@ def _recipe(stack: LensStack, encyclopedia: Encyclopedia, config: "FitConfig", s
         dtype=substrate.dtype,
         precision=spec.precision,
         layers=list(spec.layers),
-        pooling="sequence",
+        pooling=SEQUENCE,
         max_tokens=longest,
         basis_rank=config.training.basis_rank,
         calibration=CALIBRATION,

@@ -11,7 +11,7 @@ Axes: S answers, N lenses, L layers, T tokens, W input width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,15 @@ ANSWERS_AT_ONCE = 256
 LONGEST_TRUNCATED = 5  # tokens of the first window of a generation
 CONTROL = "token_max"
 MakeTrainer = Callable[[int], pl.Trainer]
+
+
+@dataclass(frozen=True)
+class FittedSequences:
+    """Calibrated lenses, other lenses by name that they are held against, and the same family on shuffled labels."""
+
+    stack: LensStack
+    controls: dict[str, LensStack] = field(default_factory=dict)
+    shuffled: LensStack | None = None
 
 
 def fit_sequences(
@@ -233,18 +242,18 @@ def fit_and_control(
     with_shuffled: bool,
     seed: int,
     checkpoint: str | None = None,
-) -> tuple[LensStack, dict[str, LensStack], LensStack | None]:
-    """The lenses with percentiles, the token-wise control (unless they are that), and the shuffled control."""
+) -> FittedSequences:
+    """The lenses with percentiles; the token-wise control (unless they are that) and shuffled labels, for test rows."""
     pool = build_sequence_pool(encyclopedia, folds=folds, basis_rank=basis_rank, seed=seed)
     stack = fit_sequences(pool, head, training, trainer=trainer, seed=seed, checkpoint=checkpoint)
     stack = with_window_percentiles(stack, encyclopedia)
     if not len(encyclopedia.table.where("test")):
-        return stack, {}, None
+        return FittedSequences(stack)
     controls = {}
     if head.family != CONTROL:
         controls[CONTROL] = fit_sequences(pool, HeadConfig(family=CONTROL), training, trainer=quiet, seed=seed)
     control = shuffled_stack(pool, head, training, trainer=quiet, seed=seed) if with_shuffled else None
-    return stack, controls, control
+    return FittedSequences(stack, controls, control)
 
 
 def _siblings(table: SampleTable, concepts: ConceptPack | None) -> list[list[int]]:

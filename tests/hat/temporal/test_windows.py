@@ -6,7 +6,9 @@ from random_lenses import random_stack
 from temporal_lenses import stack_of
 
 from ftw.errors import ConfigError, PackError, SubstrateError
+from ftw.hat.pooling import POOLS, STATE_POOLS, Pooling
 from ftw.hat.temporal.bank import PooledTokens
+from ftw.hat.temporal.pooled_windows import PooledWindows
 from ftw.hat.temporal.windows import WindowReader
 
 FAMILIES = ("lstm", "gru", "attention", "trunk_lstm", "token_max", "token_mean")
@@ -64,6 +66,30 @@ def test_lenses_of_single_states_read_windows_by_their_pool(pool: str):
         "max": lambda: bank.logits(window_TLD).amax(0),
     }[pool]()
     assert (last_N - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("pools", [("mean",), ("max", "last"), ("mean", "max", "last", "tail", "spread")])
+def test_lenses_with_a_pooling_of_their_own_read_a_window_as_they_read_a_text(pools: tuple[str, ...]):
+    stack = random_stack(layers=LAYERS, width=WIDTH)
+    more = {
+        pool: random_stack(layers=LAYERS, width=WIDTH, seed=seed).heads
+        for seed, pool in enumerate(STATE_POOLS[1:])
+        if pool in pools
+    }
+    scale_NLP = torch.rand(6, 2, len(POOLS)) * torch.tensor([float(pool in pools) for pool in POOLS])
+    pooling = Pooling(heads=more, scale_NLP=scale_NLP, offset_N=torch.randn(6))
+    lenses = PooledWindows(stack.bank(), stack.heads, pooling)
+    reader, whole_BTLD = WindowReader(lenses, window=12, stride=3), states(17, batch=2)
+    logits_BTN = reader.push(whole_BTLD)
+    tails = reader.tails([17, 4])
+    normed_BLTD = torch.nn.functional.layer_norm(whole_BTLD, (WIDTH,), eps=1e-5).transpose(1, 2)
+    for end in (3, 12, 15):  # the first is truncated, shorter than a tail
+        for row in (0, 1):
+            expected_N = pooling.read(stack.heads, normed_BLTD[row, :, max(0, end - 12) : end])
+            assert (logits_BTN[row, end - 1] - expected_N).abs().max() < 1e-4
+    assert (tails[0] - pooling.read(stack.heads, normed_BLTD[0, :, 5:17])).abs().max() < 1e-4
+    assert (tails[1] - pooling.read(stack.heads, normed_BLTD[1, :, :4])).abs().max() < 1e-4
+    assert lenses.pooled(lenses.tokens(whole_BTLD), torch.tensor([0, 17])).isnan().any(1).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
