@@ -19,7 +19,8 @@ from ftw.cli._schema import BENCHES, BenchJob
 from ftw.cli._verb import verb
 from ftw.errors import ConfigError
 
-OWN_COLUMN = ("case", "n", "d", "ms", "baseline", "baseline_ms", "ratio", "floor_ms", "over_floor")
+NUMBERS = ("n", "d", "ms", "baseline_ms", "ratio", "floor_ms", "over_floor")
+OWN_COLUMN = ("case", "baseline", *NUMBERS)
 WIDE = 150
 
 
@@ -59,21 +60,19 @@ def report(rows: Sequence[Row], measured_on: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row], *, width: int) -> Table:
-    """One line a row; further figures where the terminal is wide."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("case", overflow="fold", ratio=3)
-    for name in ("n", "d", "ms"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("baseline", overflow="fold", ratio=2)
-    for name in ("ms", "ratio", "floor", "× floor"):
+    """A row each, with what it is held against below it; further figures where the terminal is wide."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    shown.add_column("case, and what it is held against", overflow="fold", ratio=3)
+    for name in ("n", "d", "ms", "other", "ratio", "floor", "×"):
         shown.add_column(name, justify="right", no_wrap=True)
     if width >= WIDE:
-        shown.add_column("", overflow="fold", ratio=3, style="dim")
+        shown.add_column("", overflow="fold", ratio=2, style="dim")
     for row in rows:
         values = row.record()
         more = "  ".join(f"{name} {_cell(value)}" for name, value in values.items() if name not in OWN_COLUMN)
-        cells = [*(_cell(values[name]) for name in OWN_COLUMN), more]
-        shown.add_row(*(Text(cell) for cell in cells[: len(shown.columns)]))
+        case = Text.assemble(row.case, "\n", (f"  {row.baseline}", "dim"))
+        cells = [case, *(Text(_cell(values[name])) for name in NUMBERS), Text(more)]
+        shown.add_row(*cells[: len(shown.columns)])
     return shown
 
 

@@ -253,9 +253,7 @@ def _background(found: list[FoundLens], calibration: Mapping[str, Any]) -> tuple
         # Each probe has its own, and nothing tells those of their mean.
         return NO_BACKGROUND, [f"the percentiles of concepts with several probes are left out; {again}"]
     if missing := [one.key for one in found if one.key not in probes]:
-        return NO_BACKGROUND, [
-            f"{len(missing)} lenses have no percentiles ({missing[0]}), so all are left out; {again}"
-        ]
+        return NO_BACKGROUND, [f"{len(missing)} lenses have no percentiles ({missing[0]}): all are left out; {again}"]
     kept = [_quantiles(one.key, probes[one.key]) for one in found]
     if len({len(values_Q) for values_Q in kept}) > 1:
         return NO_BACKGROUND, [f"percentiles of different fineness are left out; {again}"]
