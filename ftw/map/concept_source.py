@@ -6,13 +6,14 @@ out between them.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ftw.errors import ConceptError, ConfigError
 from ftw.map.concept import Concept, ConceptPack
+from ftw.map.sentences import is_first_sense
 from ftw.map.wordnet import Synset, WordNet
 
 POS_WORDS = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
@@ -30,6 +31,10 @@ class ConceptsConfig:
         num: number of concepts of the pack, those of `synsets` included; None takes all that satisfy the bounds.
         min_depth, max_depth: hypernym links below the nearest root; 0 is the root itself.
         min_closure: least number of synsets below a concept chosen through `roots`.
+        first_senses: of those, only synsets that are the most frequent sense of one of their words, so that a word
+            alone tells them apart.
+        order: which are taken first: "closure" those with most meanings beneath them, "frequency" those most often met
+            in the texts that WordNet's authors tagged, then by closure.
         levels: levels of the finished pack to keep; None for all.
         pack_id, version: name of a pack that is built.
     """
@@ -42,6 +47,8 @@ class ConceptsConfig:
     min_depth: int = 0
     max_depth: int | None = None
     min_closure: int = 1
+    first_senses: bool = False
+    order: str = "closure"
     levels: list[int] | None = None
     pack_id: str = "wordnet"
     version: str = "1.0.0"
@@ -73,16 +80,20 @@ def build_pack(config: ConceptsConfig, wordnet: WordNet) -> ConceptPack:
     """
     chosen = choose(config, wordnet)
     names = _readable_names(chosen)
-    parents = {synset.name: _chosen_parents(synset.name, list(names), wordnet) for synset in chosen}
-    levels = _levels(parents)
     order = {name: place for place, name in enumerate(names)}
+    parents = {synset.name: _chosen_parents(synset.name, order, wordnet) for synset in chosen}
+    levels = _levels(parents)
     for name, above in parents.items():
         # The most specific parent is the one in the tree, so that a tree edge always spans exactly one level.
         distance = wordnet.distances_up(name)
         above.sort(key=lambda other: (-levels[other], distance[other], order[other]))
+    children: dict[str, list[str]] = {name: [] for name in names}
+    for name, above in parents.items():
+        for parent in above:
+            children[parent].append(names[name])
     concepts = []
     for synset in chosen:
-        record = _record(synset, names, parents, levels)
+        record = _record(synset, names, parents, children[synset.name], levels)
         concepts.append(
             Concept(
                 name=names[synset.name],
@@ -119,7 +130,7 @@ def choose(config: ConceptsConfig, wordnet: WordNet) -> list[Synset]:
 
 
 def _candidates(config: ConceptsConfig, wordnet: WordNet) -> list[str]:
-    """Names below the roots within the bounds, largest closure first; ties by name, so that the choice is stable."""
+    """Names below the roots within the bounds, in the order of choice; ties by name, so that the choice is stable."""
     depths: dict[str, int] = {}
     for root in config.roots:
         for name, depth in wordnet.distances_down(root).items():
@@ -134,17 +145,26 @@ def _candidates(config: ConceptsConfig, wordnet: WordNet) -> list[str]:
         if config.min_depth <= depth
         and (config.max_depth is None or depth <= config.max_depth)
         and num_below[name] >= config.min_closure
+        and (not config.first_senses or _is_first_sense(name, wordnet))
     ]
-    return sorted(fit, key=lambda name: (-num_below[name], name))
+    if config.order not in ("closure", "frequency"):
+        raise ConfigError(f"concepts.order={config.order!r} is unknown; choose closure or frequency")
+    counts = wordnet.tag_counts() if config.order == "frequency" else Counter()
+    return sorted(fit, key=lambda name: (-counts[name], -num_below[name], name))
 
 
-def _chosen_parents(name: str, chosen: Sequence[str], wordnet: WordNet) -> list[str]:
-    """Chosen ancestors of a synset that no other chosen ancestor stands below."""
-    above = wordnet.ancestors(name)
+def _is_first_sense(name: str, wordnet: WordNet) -> bool:
+    """Whether a synset is the most frequent sense of one of its words."""
+    synset = wordnet.synset(name)
+    return any(is_first_sense(wordnet, lemma, synset) for lemma in synset.lemmas)
+
+
+def _chosen_parents(name: str, order: Mapping[str, int], wordnet: WordNet) -> list[str]:
+    """Chosen ancestors of a synset that no other chosen ancestor stands below, in the order of the choice."""
     # WordNet's verbs hold a cycle; a synset that is also below this one is no parent.
-    above = {other for other in chosen if other in above and name not in wordnet.ancestors(other)}
+    above = {other for other in wordnet.ancestors(name) if other in order and name not in wordnet.ancestors(other)}
     covered = {far for other in above for far in wordnet.ancestors(other)}
-    return [other for other in chosen if other in above and other not in covered]
+    return sorted(above - covered, key=order.__getitem__)
 
 
 def _levels(parents: dict[str, list[str]]) -> dict[str, int]:
@@ -164,13 +184,16 @@ def _readable_names(chosen: Sequence[Synset]) -> dict[str, str]:
 
 
 def _record(
-    synset: Synset, names: dict[str, str], parents: dict[str, list[str]], levels: dict[str, int]
+    synset: Synset,
+    names: dict[str, str],
+    parents: dict[str, list[str]],
+    children: list[str],
+    levels: dict[str, int],
 ) -> dict[str, Any]:
     """The First Light record of a chosen synset."""
     root = synset.name
     while parents[root]:
         root = parents[root][0]
-    children = [names[other] for other, above in parents.items() if synset.name in above]
     return {
         "sumo_term": names[synset.name],
         "layer": levels[synset.name],

@@ -7,11 +7,13 @@ Names are those that NLTK made common: `dog.n.01` is the first noun sense of "do
 
 import difflib
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftw.errors import ConceptError, SourceError
 
+SENSE_DIGITS = {"n": "1", "v": "2", "a": "35", "s": "35", "r": "4"}  # of index.sense; 5 are satellites
 FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 
 # The lexicographer files, in the order of the numbers in data.* (lexnames(5WN)); the npm tarball leaves the list out.
@@ -103,6 +105,23 @@ class WordNet:
         """Names of the senses of a word, most frequent first, without parsing them."""
         part = self._part(pos)
         return [part.names[offset] for offset in part.index.get(_key(lemma), ())]
+
+    def tag_counts(self, pos: str = "n") -> Counter[str]:
+        """How often each synset was met in the texts that WordNet's authors tagged by hand; 0 for most.
+
+        Raises:
+            SourceError: `index.sense` is missing or damaged.
+        """
+        part, digit, file = self._part(pos), SENSE_DIGITS[pos], self.folder / "index.sense"
+        counts: Counter[str] = Counter()
+        for number, line in enumerate(_read(file).splitlines(), start=1):
+            try:
+                sense, offset, _, count = line.split(" ")
+                if sense.partition("%")[2][0] in digit and count != "0":
+                    counts[part.names[int(offset)]] += int(count)
+            except (ValueError, IndexError, KeyError) as error:
+                raise _damaged(file, number, error) from error
+        return counts
 
     def names(self, pos: str = "n") -> list[str]:
         """Names of all synsets of a part of speech, in the order of the file."""
