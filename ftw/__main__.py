@@ -16,6 +16,7 @@ VERBS = {
     "monitor": "generate with the lenses live",
     "bench": "what reading, loading and training cost, beside a baseline and a floor",
     "timeline": "the story of a saved timeline, in words, pictures and numbers",
+    "encyclopedia": "cover many concepts at once, then refine those that a reader is unsure of",
     "pack": "list, fetch, verify, compare, convert and publish packs",
 }
 
@@ -33,7 +34,7 @@ def main() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.execv(sys.executable, [sys.executable, "-m", f"ftw.cli.{verb}", *sys.argv[2:]])
     else:
-        lines = [f"  ftw {name:<10}{words}" for name, words in VERBS.items()]
+        lines = [f"  ftw {name:<14}{words}" for name, words in VERBS.items()]
         text = "\n".join(["usage: ftw VERB [key=value ...]", "", *lines, "", "ftw VERB --help says what a verb takes."])
         if verb in ("--help", "-h", "help"):
             print(text)

@@ -11,6 +11,7 @@ from ftw import paths
 from ftw.__main__ import VERBS
 from ftw.cli._help import help_text
 from ftw.cli._schema import BenchJob, ConceptsJob, MonitorJob, PackJob, TimelineJob, register
+from ftw.cli._schema_encyclopedia import EncyclopediaJob
 from ftw.cli._schema_train import DATA, CollectJob, DemoJob, EvaluateJob, TrainJob
 
 CONF = paths.conf()
@@ -24,6 +25,7 @@ JOBS = {
     "bench": BenchJob,
     "timeline": TimelineJob,
     "pack": PackJob,
+    "encyclopedia": EncyclopediaJob,
 }
 NEEDED = [
     "substrate=local",
@@ -74,6 +76,7 @@ def test_every_verb_has_a_job_that_composes_and_help_that_names_its_choices(verb
         "evaluate": [*NEEDED[:2], *NEEDED[4:]],
         "timeline": [],
         "pack": [],
+        "encyclopedia": NEEDED[:4],
     }.get(verb, groups)
     assert isinstance(job(verb, *own), JOBS[verb])
     text = help_text(verb, str(CONF))

@@ -40,7 +40,7 @@ ACTIONS = {
     "timeline": {action: f"action={action}" for action in ("show", "compare")},
 }
 # What words without "=" mean, in their order.
-POSITIONS = {"pack": ("action", "name", "other")}
+POSITIONS = {"pack": ("action", "name", "other"), "encyclopedia": ("action", "name")}
 # Verbs whose further words without "=" are names of files, and the key that lists them.
 FILES = {"timeline": "files"}
 TEXT_KEYS = ("prompt", "text", "watch_prompt", "generation.system")
@@ -59,6 +59,8 @@ PATH_KEYS = (
     "name",
     "other",
     "key",
+    "path",
+    "choose.which",
     "text_encoder",
     "map.text.encoder",
 )

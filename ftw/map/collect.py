@@ -9,7 +9,7 @@ Axes: S texts, n texts of a shard, T tokens, L layers, D model width.
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from ftw.map.shard import CaptureSpec, ShardPlace, ShardStates
 from ftw.paths import home
 from ftw.substrate.model import Substrate
 from ftw.substrate.sampling import Answer, sample_answers
-from ftw.substrate.taps import read_states, resolve_precision
+from ftw.substrate.taps import read_batches, read_states, resolve_precision
 
 LAYER_NORM_EPS = 1e-5
 # A shard is built in memory; with long texts of a wide model it holds fewer of them.
@@ -233,7 +233,7 @@ def read_shard(
     A token's state is layer-normed in float32 without parameters, then averaged, and rounded only at the end.
 
     Args:
-        on_tokens: told after each text how many tokens it had.
+        on_tokens: told after each batch how many tokens it had.
 
     Raises:
         DataError: a text without tokens, or with states that are not finite.
@@ -249,16 +249,19 @@ def read_shard(
     positions = np.zeros(int(offsets[-1]), dtype=np.int32)
     options = {"batch_tokens": spec.batch_tokens, "precision": spec.precision}
     try:
-        for index, states_LTD in read_states(substrate, token_ids, spec.layers, **options):
-            normed_LTD = layer_norm(states_LTD, (spec.width,), eps=LAYER_NORM_EPS)
-            for pool, array_LnD in pooled_LnD.items():
-                array_LnD[:, index] = pool_tokens(normed_LTD, pool).numpy()
-            if kept[index]:
-                chosen = evenly_spaced(int(num_tokens[index]), kept[index])
-                span = slice(offsets[index], offsets[index + 1])
-                positions[span] = chosen
-                tokens_LTD[:, span] = normed_LTD[:, chosen].numpy()
-            on_tokens(int(num_tokens[index]))
+        for indices, states_LBTD, lengths in read_batches(substrate, token_ids, spec.layers, **options):
+            # Texts of one length are pooled together: of the short ones there are thousands.
+            for low, high in _runs(lengths):
+                normed_LnTD = layer_norm(states_LBTD[:, low:high, : lengths[low]], (spec.width,), eps=LAYER_NORM_EPS)
+                for pool, array_LnD in pooled_LnD.items():
+                    array_LnD[:, indices[low:high]] = pool_tokens(normed_LnTD, pool).numpy()
+                for column, index in enumerate(indices[low:high]):
+                    if kept[index]:
+                        chosen = evenly_spaced(int(num_tokens[index]), kept[index])
+                        span = slice(offsets[index], offsets[index + 1])
+                        positions[span] = chosen
+                        tokens_LTD[:, span] = normed_LnTD[:, column, chosen].numpy()
+            on_tokens(sum(lengths))
     except SubstrateError as error:
         raise _name_the_text(error, substrate, table, spec, place, token_ids) from error
     return ShardStates(
@@ -307,6 +310,15 @@ def sample_shard(
         positions=np.concatenate([np.arange(num) for num in num_tokens]).astype(np.int32),
         token_ids=np.array([token for answer in there for token in answer.token_ids], dtype=np.int32),
     )
+
+
+def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where runs of equal lengths begin and end."""
+    start = 0
+    for stop in range(1, len(lengths) + 1):
+        if stop == len(lengths) or lengths[stop] != lengths[start]:
+            yield start, stop
+            start = stop
 
 
 def evenly_spaced(num_tokens: int, num_kept: int) -> np.ndarray:

@@ -99,6 +99,27 @@ def read_states(
     batch_tokens: int = 2048,
     precision: str = "auto",
 ) -> Iterator[tuple[int, Tensor]]:
+    """States of many texts, one text at a time; see `read_batches`.
+
+    Yields:
+        (index into `token_ids`, states_LTD float32 on the CPU, without position 0, not normalised).
+    """
+    for indices, states_LBTD, lengths in read_batches(
+        substrate, token_ids, layers, batch_tokens=batch_tokens, precision=precision
+    ):
+        for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
+            # A copy, so that a kept text does not keep its whole batch in memory.
+            yield index, states_LBTD[:, row, :length].clone()
+
+
+def read_batches(
+    substrate: Substrate,
+    token_ids: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    batch_tokens: int = 2048,
+    precision: str = "auto",
+) -> Iterator[tuple[list[int], Tensor, list[int]]]:
     """States of many texts, a batch in memory at a time, longest texts first.
 
     Args:
@@ -108,8 +129,9 @@ def read_states(
         precision: see `resolve_precision`.
 
     Yields:
-        (index into `token_ids`, states_LTD float32 on the CPU, without position 0, not normalised). The order and the
-        batches depend on nothing but the lengths and `batch_tokens`.
+        (indices into `token_ids`, states_LBTD float32 on the CPU, without position 0, not normalised; padded on the
+        right beyond the lengths that come last). The order and the batches depend on nothing but the lengths and
+        `batch_tokens`.
 
     Raises:
         SubstrateError: a text that is empty or longer than the context, or states that are not finite (names the text).
@@ -118,17 +140,16 @@ def read_states(
     precision = resolve_precision(substrate, precision)
     _check_lengths(substrate, token_ids)
     for batch in plan_batches([len(ids) for ids in token_ids], batch_tokens):
-        states_LBTD = _read_batch(substrate, [token_ids[index] for index in batch], layers, precision)
+        states_LBTD = _read_batch(substrate, [token_ids[index] for index in batch], layers, precision)[:, :, 1:]
+        lengths = [len(token_ids[index]) - 1 for index in batch]
         finite_B = states_LBTD.sum(dim=(0, 2, 3)).isfinite()
-        for row, index in enumerate(batch):
-            # A copy, so that a kept text does not keep its whole batch in memory.
-            states_LTD = states_LBTD[:, row, 1 : len(token_ids[index])].clone()
-            if not finite_B[row] and not states_LTD.isfinite().all():
+        for row in (~finite_B).nonzero()[:, 0].tolist():
+            if not states_LBTD[:, row, : lengths[row]].isfinite().all():
                 raise SubstrateError(
-                    f"the states of text {index} are not finite in {precision}; "
+                    f"the states of text {batch[row]} are not finite in {precision}; "
                     "try precision=float32; if that fails too, the weights are damaged: fetch the model again"
                 )
-            yield index, states_LTD
+        yield batch, states_LBTD, lengths
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

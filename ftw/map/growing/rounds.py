@@ -12,6 +12,7 @@ import numpy as np
 from ftw.errors import ConfigError, DataError, EncyclopediaError
 from ftw.map.collect import CollectConfig, collect
 from ftw.map.encyclopedia import Encyclopedia
+from ftw.map.estimate import nominal_rate
 from ftw.map.growing.contexts import Context, table_of
 from ftw.map.growing.entries import Entry, check_entries
 from ftw.map.growing.store import STAGES, GrowingEncyclopedia, Plan
@@ -36,7 +37,8 @@ def bootstrap(
     check_terms(substrate, entries)
     if "mean" not in capture.pools:
         raise ConfigError(f"pools={capture.pools}: a growing encyclopedia needs the pool mean for its moments")
-    growing = GrowingEncyclopedia.create(folder, entries, capture.spec(substrate))
+    spec = capture.spec(substrate)
+    growing = GrowingEncyclopedia.create(folder, entries, spec, tokens_per_second=nominal_rate(substrate, spec))
     finish_pending(growing, substrate, progress=progress)
     if growing.num_rounds == 0:
         run(growing, substrate, Plan(stage=0), progress=progress)

@@ -141,6 +141,7 @@ class GrowingEncyclopedia:
             )
         try:
             self.spec = CaptureSpec.from_json(head["spec"])
+            self.tokens_per_second = max(1.0, float(head["tokens_per_second"]))
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise EncyclopediaError(f"{self.folder / HEAD} is damaged ({error}); restore it") from error
         self.entries = read_entries(self.folder / ENTRIES)
@@ -160,8 +161,13 @@ class GrowingEncyclopedia:
         return cls(folder)
 
     @classmethod
-    def create(cls, folder: Path | str, entries: Sequence[Entry], spec: CaptureSpec) -> "GrowingEncyclopedia":
+    def create(
+        cls, folder: Path | str, entries: Sequence[Entry], spec: CaptureSpec, *, tokens_per_second: float = 1000.0
+    ) -> "GrowingEncyclopedia":
         """A new one without rounds, or the one that is there if it is for the same concepts and spec.
+
+        Args:
+            tokens_per_second: that the substrate reads on a machine like this one, for forecasts.
 
         Raises:
             ConceptError: a name twice, or no concepts. EncyclopediaError: the folder holds another one.
@@ -174,6 +180,7 @@ class GrowingEncyclopedia:
             return present
         write_entries(folder / ENTRIES, entries)
         head = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "spec": spec.as_json()}
+        head["tokens_per_second"] = round(tokens_per_second, 1)
         _write_json(folder / HEAD, head)
         return cls.open(folder)
 

@@ -1,0 +1,177 @@
+"""`ftw encyclopedia`: cover many concepts at once, then refine those that a reader is unsure of."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ftw import paths
+from ftw.cli._arguments import near
+from ftw.cli._schema_encyclopedia import EncyclopediaJob
+from ftw.cli._sources import Sources
+from ftw.cli._verb import verb
+from ftw.errors import ConfigError
+from ftw.map.estimate import readable_bytes
+from ftw.map.growing.choose import choose
+from ftw.map.growing.entries import Entry, entries_of
+from ftw.map.growing.grow import grow
+from ftw.map.growing.judge import judge, judge_of
+from ftw.map.growing.rounds import add_tests, bootstrap, refine
+from ftw.map.growing.status import next_costs, status
+from ftw.map.growing.store import STAGES, GrowingEncyclopedia
+from ftw.map.wordnet import WordNet
+from ftw.substrate.model import Substrate
+from ftw.ui.steps import steps
+
+
+def encyclopedia(job: EncyclopediaJob) -> None:
+    """Do one action on a growing encyclopedia."""
+    if job.action not in ACTIONS:
+        raise ConfigError(f"action={job.action!r} is none of {', '.join(ACTIONS)}{near(job.action, ACTIONS)}")
+    ACTIONS[job.action](job, Console(), Sources())
+
+
+def folder_of(job: EncyclopediaJob) -> Path:
+    """Where the encyclopedia is: a folder that was named, else one under `$FTW_HOME`."""
+    if "/" in job.name:
+        return Path(job.name).expanduser()
+    return paths.home() / "growing" / job.name
+
+
+def run_bootstrap(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
+    """Stage 0 of all concepts."""
+    run_steps = steps(console=console)
+    with run_steps.step("Read the concepts") as step:
+        entries = _entries(job, sources)
+        step.note(f"{len(entries):,} concepts")
+    with run_steps.step("Load the substrate") as step:
+        substrate = sources.substrate(job.substrate)
+        step.note(substrate.name)
+    with (
+        run_steps.step("Read every bare term") as step,
+        bootstrap(folder_of(job), substrate, entries, job.capture) as growing,
+    ):
+        step.note(f"layers {list(growing.layers)}")
+        _tell(growing, job, console)
+
+
+def run_refine(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
+    """Further contexts for chosen concepts."""
+    with GrowingEncyclopedia.open(folder_of(job)) as growing:
+        chosen = choose(growing, job.choose, job.seed)
+        stages = (
+            [job.stage] if job.stage is not None else sorted({min(int(growing.stage[one]) + 1, 3) for one in chosen})
+        )
+        by_stage = {
+            stage: [one for one in chosen if job.stage is not None or min(int(growing.stage[one]) + 1, 3) == stage]
+            for stage in stages
+        }
+        if job.dry_run:
+            for stage, concepts in by_stage.items():
+                console.print(f"would refine {len(concepts):,} concepts at stage {stage} ({STAGES.get(stage, '?')})")
+            return
+        substrate = _substrate(job, sources, growing)
+        run_steps = steps(console=console)
+        for stage, concepts in by_stage.items():
+            with run_steps.step(f"Refine {len(concepts):,} concepts at stage {stage} ({STAGES.get(stage, '?')})"):
+                options = {"contexts": job.contexts, "seed": job.seed, "writing": job.writing}
+                refine(growing, substrate, concepts, stage, **options)
+        _tell(growing, job, console)
+
+
+def run_test(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
+    """Texts to test readers on."""
+    with GrowingEncyclopedia.open(folder_of(job)) as growing:
+        substrate = _substrate(job, sources, growing)
+        add_tests(growing, substrate, contexts=job.test_contexts, seed=job.seed)
+        rows = growing.rows(split="test")
+        console.print(f"{len(rows):,} test texts, {int(rows.named.sum()):,} of them name their concept")
+
+
+def run_judge(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
+    """How certain a reader is of each concept."""
+    with GrowingEncyclopedia.open(folder_of(job)) as growing:
+        run_steps = steps(console=console)
+        with run_steps.step(f"Judge {len(growing):,} concepts ({job.confidence})"):
+            judge(growing, judge_of(job.confidence, job.interpreter), job.seed)
+        _tell(growing, job, console)
+
+
+def run_grow(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
+    """Bootstrap if there is nothing yet, then judge and refine until it is enough."""
+    substrate = sources.substrate(job.substrate)
+    with bootstrap(folder_of(job), substrate, _entries(job, sources), job.capture) as growing:
+        by = judge_of(job.confidence, job.interpreter)
+        grow(growing, substrate, by, job.grow, seed=job.seed, writing=job.writing, tell=console.print)
+        _tell(growing, job, console)
+
+
+def run_status(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
+    """Concepts by stage and confidence, size, and what the next stages would cost."""
+    with GrowingEncyclopedia.open(folder_of(job)) as growing:
+        found = status(growing)
+        if job.json:
+            print(json.dumps({**asdict(found), "bytes_a_concept": found.bytes_a_concept}, indent=1, default=str))
+            return
+        _tell(growing, job, console)
+
+
+ACTIONS = {
+    "bootstrap": run_bootstrap,
+    "refine": run_refine,
+    "test": run_test,
+    "judge": run_judge,
+    "grow": run_grow,
+    "status": run_status,
+}
+
+
+def _entries(job: EncyclopediaJob, sources: Sources) -> list[Entry]:
+    """The concepts of a job in words."""
+    pack = sources.concepts(job.concepts)
+    has_synsets = any(concept.synsets for concept in pack.concepts.values())
+    return entries_of(pack, WordNet.open(sources.fetch("wordnet-3.0").folder) if has_synsets else None)
+
+
+def _substrate(job: EncyclopediaJob, sources: Sources, growing: GrowingEncyclopedia) -> Substrate:
+    substrate = sources.substrate(job.substrate)
+    growing.check_substrate(substrate)
+    return substrate
+
+
+def _tell(growing: GrowingEncyclopedia, job: EncyclopediaJob, console: Console) -> None:
+    """A table of the stages, and what the next ones would cost."""
+    found = status(growing)
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "", "concepts", "samples", "confidence", "variance"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for row in found.stages:
+        figures = [f"{value:.3f}" if value == value else "–" for value in (row.confidence, row.variance)]
+        word = STAGES.get(row.stage, "no sample")
+        table.add_row(str(row.stage), word, f"{row.num_concepts:,}", f"{row.num_samples:,}", *figures)
+    console.print(table)
+    size = f"{readable_bytes(found.bytes)}, {readable_bytes(found.bytes_a_concept)} a concept"
+    console.print(
+        escape(f"{found.num_rounds} rounds, {found.num_tests:,} test texts; {size}: {growing.folder}"), highlight=False
+    )
+    if found.judged:
+        spread = ", ".join(f"{num:,}" for num in found.confidence_counts)
+        console.print(
+            f"judged by {found.judged.get('by')}; concepts by confidence in fifths: {spread}", highlight=False
+        )
+    if found.pending:
+        console.print("a round is not finished; the next command that refines finishes it first")
+    for cost in next_costs(growing, contexts=job.contexts, new_tokens=job.writing.max_new_tokens):
+        console.print(f"next: {cost.words()}", highlight=False)
+
+
+def main() -> None:
+    """The verb, from the command line."""
+    verb("encyclopedia", encyclopedia, EncyclopediaJob)
+
+
+if __name__ == "__main__":
+    main()
