@@ -14,6 +14,7 @@ VERBS = {
     "train": "train, calibrate and evaluate lenses, and write a pack (collects what is missing)",
     "evaluate": "figures of a pack on held-out texts",
     "monitor": "generate with the lenses live",
+    "interpret": "what a text is about, or each token of an answer, among thousands of concepts",
     "bench": "what reading, loading and training cost, beside a baseline and a floor",
     "timeline": "the story of a saved timeline, in words, pictures and numbers",
     "encyclopedia": "cover many concepts at once, then refine those that a reader is unsure of",

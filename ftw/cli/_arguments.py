@@ -296,7 +296,9 @@ def _unreadable(word: str, verb: str) -> str:
         return f"{word}: a sign in this value is grammar to Hydra; put it in two kinds of quotes: {key}='\"...\"'"
     if actions := ACTIONS.get(verb):
         return f"{word!r} is none of {', '.join(actions)}{near(word, actions)} Keys are given as key=value"
-    example = f'; a prompt is given as prompt="{word}"' if verb in ("monitor", "demo") else "; write key=value"
+    example = (
+        f'; a prompt is given as prompt="{word}"' if verb in ("monitor", "demo", "interpret") else "; write key=value"
+    )
     return f"{word!r} is not of the form key=value{example} (ftw {verb} --help says which keys there are)"
 
 

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ftw.cli import _run
 from ftw.errors import ConfigError
+from ftw.map.training.interpreter import mixed_precision
 from ftw.ui.steps import Step
 
 # A configuration names classes to be built; only Lightning's may be.
@@ -55,6 +56,8 @@ def make_trainer(job: Any, callbacks: list[pl.Callback], step: Step) -> pl.Train
     if not step.console.is_terminal:
         further = [one for one in further if not isinstance(one, ProgressBar)]
     options = dict(job.trainer)
+    if options.get("precision") == "auto":
+        options["precision"] = mixed_precision()
     _allowed(options)
     bar = any(isinstance(one, ProgressBar) for one in further)
     return _build(

@@ -1,6 +1,7 @@
 """From a job to its samples: the substrate, the concepts, the table, and where everything came from."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftw.cli._sources import Sources
@@ -8,6 +9,8 @@ from ftw.errors import ConfigError
 from ftw.map.collect import CollectConfig
 from ftw.map.compose import ComposeConfig, compose
 from ftw.map.concept import ConceptPack
+from ftw.map.descriptions import DescriptionsConfig
+from ftw.map.descriptions import describe as describe_concepts
 from ftw.map.labelled import LabelledConfig, read
 from ftw.map.samples import SPLITS, SampleTable
 from ftw.map.sequences import SequencesConfig, compose_sequences
@@ -18,11 +21,13 @@ from ftw.ui.steps import Steps
 
 @dataclass
 class Samples:
-    """A table with the concepts it is about (None for labelled data) and what a reader must be told."""
+    """A table with the concepts it is about (None for labelled data), what a reader must be told, and the concepts'
+    categories where there are any."""
 
     table: SampleTable
     concepts: ConceptPack | None
     lines: list[str]
+    categories: Mapping[str, str] = field(default_factory=dict)
 
 
 def samples(job: Any, substrate: Substrate | None, sources: Sources, *, concepts: ConceptPack | None = None) -> Samples:
@@ -43,12 +48,18 @@ def samples(job: Any, substrate: Substrate | None, sources: Sources, *, concepts
             sources.fetch("wikipedia-leads")
         table = compose(pack, wordnet, substrate, data, job.seed)
         return Samples(table, pack, [f"{len(pack)} concepts on {len(pack.levels)} levels", *describe(table)])
+    if isinstance(data, DescriptionsConfig):
+        wordnet = WordNet.open(sources.fetch("wordnet-3.0").folder)
+        sources.fetch("wikipedia-leads")
+        made = describe_concepts(wordnet, data, job.seed, substrate=substrate)
+        lines = [f"{len(made.concepts)} concepts in {len(set(made.categories.values()))} categories"]
+        return Samples(made.table, made.concepts, [*lines, *describe(made.table)], made.categories)
     if isinstance(data, SequencesConfig):
         pack = concepts or sources.concepts(job.concepts)
         wordnet = WordNet.open(sources.fetch("wordnet-3.0").folder)
         table = compose_sequences(pack, wordnet, data, job.seed)
         return Samples(table, pack, [f"{len(pack)} concepts on {len(pack.levels)} levels", *describe(table)])
-    raise ConfigError("data is of no known kind; choose data=wordnet, data=labelled or data=sequences")
+    raise ConfigError("data is of no known kind; choose data=wordnet, labelled, sequences or descriptions")
 
 
 def prepare(job: Any, sources: Sources, run_steps: Steps) -> tuple[Substrate, Samples]:

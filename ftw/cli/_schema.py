@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from ftw.bench.measure import BenchConfig
 from ftw.cat.narrative import NarrativeConfig
+from ftw.hat.interpreter import InterpreterConfig
 from ftw.map.concept_source import ConceptsConfig
 from ftw.map.live import DynamicConfig, ResidentConfig
 from ftw.substrate.model import SubstrateConfig
@@ -21,6 +22,7 @@ from ftw.substrate.model import SubstrateConfig
 BENCHES = ("bank", "shelf", "text", "monitor", "train", "load", "temporal")
 # Which lenses a monitor reads: the names in conf/hat/aperture, with their schemas.
 APERTURES = {"all": ResidentConfig, "dynamic": DynamicConfig}
+MODELS = {"interpreter": InterpreterConfig}  # the names in conf/model
 
 
 @dataclass(kw_only=True)
@@ -112,6 +114,26 @@ class MonitorJob:
 
 
 @dataclass(kw_only=True)
+class InterpretJob:
+    """`ftw interpret`.
+
+    Attributes:
+        interpreter: folder of one. prompt, text: what is answered, or read. top_k: concepts told.
+        window: tokens, the newest last, that each token of an answer is read with.
+    """
+
+    interpreter: str = "runs/latest/interpreter"
+    prompt: str | None = None
+    text: str | None = None
+    substrate: SubstrateConfig = field(default_factory=SubstrateConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    top_k: int = 5
+    window: int = 16
+    json: bool = False
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
 class TimelineJob:
     """`ftw timeline`.
 
@@ -170,6 +192,6 @@ def register(verb: str, job: type, data: Mapping[str, type]) -> None:
     """Tell Hydra the schema of a verb's job and of the kinds of data it takes."""
     store = ConfigStore.instance()
     store.store(name=f"{verb}_schema", node=job)
-    for group, kinds in (("data", data), ("hat/aperture", APERTURES)):
+    for group, kinds in (("data", data), ("hat/aperture", APERTURES), ("model", MODELS)):
         for name, kind in kinds.items():
             store.store(group=group, name=f"{name}_schema", node=kind)

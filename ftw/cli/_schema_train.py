@@ -11,17 +11,24 @@ from ftw.map.cards import CardsConfig
 from ftw.map.collect import CollectConfig
 from ftw.map.compose import ComposeConfig
 from ftw.map.concept_source import ConceptsConfig
+from ftw.map.descriptions import DescriptionsConfig
 from ftw.map.evaluate import EvaluateConfig
 from ftw.map.labelled import LabelledConfig
 from ftw.map.leaks import LeakConfig
 from ftw.map.sequences import SequencesConfig
 from ftw.map.text_control import TextConfig
+from ftw.map.training.interpreter_task import InterpreterTrainingConfig
 from ftw.map.training.lens_task import TrainingConfig
 from ftw.map.training.temporal_task import SequenceTrainingConfig
 from ftw.substrate.model import SubstrateConfig
 
 # Kinds of data: the names in conf/data, with their schemas.
-DATA = {"wordnet": ComposeConfig, "labelled": LabelledConfig, "sequences": SequencesConfig}
+DATA = {
+    "wordnet": ComposeConfig,
+    "labelled": LabelledConfig,
+    "sequences": SequencesConfig,
+    "descriptions": DescriptionsConfig,
+}
 
 
 @dataclass(kw_only=True)
@@ -40,6 +47,7 @@ class MapNode:
     text: TextConfig = field(default_factory=TextConfig)
     sequences: SequenceTrainingConfig = field(default_factory=SequenceTrainingConfig)
     leaks: LeakConfig = field(default_factory=LeakConfig)
+    interpreter: InterpreterTrainingConfig = field(default_factory=InterpreterTrainingConfig)
 
 
 @dataclass(kw_only=True)
@@ -70,8 +78,9 @@ class CollectJob(StatesJob):
 
 @dataclass(kw_only=True)
 class TrainJob(StatesJob):
-    """`ftw train`."""
+    """`ftw train`; `model` trains an interpreter instead of lenses."""
 
+    model: Any = None
     hat: HatNode = field(default_factory=HatNode)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     pack_id: str = "lenses"

@@ -194,7 +194,7 @@ def tell_windows(job: MonitorJob) -> None:
         timeline = reader.read(job.text, on_token=lambda _, reading: shown.add(reading))
     else:
         assert job.prompt is not None  # one of the two is given
-        with reader.stream(job.prompt, **_options(job.generation), seed=job.seed) as stream:
+        with reader.stream(job.prompt, **generation_options(job.generation), seed=job.seed) as stream:
             for reading in stream:
                 shown.add(reading)
             timeline = stream.timeline
@@ -204,7 +204,7 @@ def tell_windows(job: MonitorJob) -> None:
         timeline.save(Path(job.save))
 
 
-def _options(generation: GenerationConfig) -> dict[str, Any]:
+def generation_options(generation: GenerationConfig) -> dict[str, Any]:
     """What `Monitor.stream` takes, from the configuration."""
     sampling = {"temperature": generation.temperature, "top_p": generation.top_p} if generation.do_sample else {}
     return {
@@ -239,7 +239,7 @@ def answer(
     console: Console | None = None,
 ) -> Timeline:
     """Stream one answer to the terminal, or as JSON lines where `colours` is None."""
-    options = {**_options(generation), "seed": seed}
+    options = {**generation_options(generation), "seed": seed}
     if colours is None:
         # Written while the lenses rest, so that the counts in a line are those of its token.
         timeline = live.reader.generate(prompt, on_token=lambda _, reading: _write(live.line(reading)), **options)

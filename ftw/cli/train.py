@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ftw import paths
 from ftw.cli import _run
+from ftw.cli._interpreter import check_model, first_rank, interpreter_run
 from ftw.cli._lightning import CHECKPOINTS, loggers_closed, make_trainer
 from ftw.cli._samples import Samples, capture, prepare
 from ftw.cli._schema_train import DATA, TrainJob
@@ -45,10 +46,9 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
     """All of `ftw train` but the report; None for a dry run."""
     console, sources = run_steps.console, Sources()
     folder = _run.run_folder() if job.dry_run else _run.begin(job)
-    if job.resume is not None and not Path(job.resume).is_file():
-        known = sorted(paths.runs().glob(f"**/{CHECKPOINTS}/*.ckpt"))
-        there = f"the newest is {_run.shown(known[-1])}" if known else f"{_run.shown(paths.runs())} has none"
-        raise ConfigError(f"resume={job.resume}: no such checkpoint; {there}")
+    if job.model is not None:
+        raise ConfigError("model: interpreters are trained by ftw train; leave model out here")
+    _check_resume(job)
     substrate, made = prepare(job, sources, run_steps)
     config = capture(job.map.encyclopedia, made.table, job.data, job.seed)
     if job.dry_run:
@@ -92,6 +92,13 @@ def fit_config(job: TrainJob) -> FitConfig:
         version=job.version,
         seed=job.seed,
     )
+
+
+def _check_resume(job: TrainJob) -> None:
+    if job.resume is not None and not Path(job.resume).is_file():
+        known = sorted(paths.runs().glob(f"**/{CHECKPOINTS}/*.ckpt"))
+        there = f"the newest is {_run.shown(known[-1])}" if known else f"{_run.shown(paths.runs())} has none"
+        raise ConfigError(f"resume={job.resume}: no such checkpoint; {there}")
 
 
 @contextlib.contextmanager
@@ -143,8 +150,10 @@ def leave_results(
 
 
 def train(job: TrainJob) -> float | None:
-    """Train a pack; returns the mean AUROC, which sweepers maximise."""
-    run_steps = steps(console=Console())
+    """Train a pack; returns the mean AUROC (of an interpreter: top-1), which sweepers maximise."""
+    run_steps = steps(console=Console(quiet=not first_rank()))
+    if job.model is not None:
+        return train_model(job, run_steps)
     trained = train_run(job, run_steps)
     if trained is None:
         return None
@@ -155,6 +164,22 @@ def train(job: TrainJob) -> float | None:
         rows["to wandb"] = f"wandb sync {folder}/wandb/offline-*"
     run_steps.console.print(overview("Written", rows))
     return None if trained.evaluation is None else float(trained.evaluation.mean["auroc"])
+
+
+def train_model(job: TrainJob, run_steps: Steps) -> float | None:
+    """Train an interpreter; returns the share of test texts whose concept it names first."""
+    check_model(job)
+    folder = _run.run_folder() if job.dry_run else _run.begin(job)
+    _check_resume(job)
+    with _resumable(job, folder):
+        trained = interpreter_run(job, run_steps, folder=folder)
+    if trained is None:
+        return None
+    shown = _run.shown(trained.folder)
+    rows = {"figures": f"{shown}/metrics.json", "interpreter": f"{shown}/interpreter"}
+    run_steps.console.print(overview("Written", {**rows, "read with": 'ftw interpret text="..."'}))
+    kinds = [entry for kind, entry in trained.figures.items() if kind != "confused"]
+    return float(kinds[0]["systems"]["interpreter"]["top1"]) if kinds else None
 
 
 def main() -> None:

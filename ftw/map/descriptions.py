@@ -60,7 +60,7 @@ class DescriptionsConfig:
     contexts: int = 5
     held_out_contexts: int = 2
     neighbours: int = 3
-    written: int = 3
+    written: int = 0
     sentences: int = 3
     max_characters: int = 450
     max_new_tokens: int = 48

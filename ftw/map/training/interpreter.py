@@ -156,7 +156,11 @@ def read_logits(interpreter: Interpreter, rows: InterpreterRows) -> Tensor:
 
 def fit_temperature(interpreter: Interpreter, rows: InterpreterRows) -> Tensor:
     """The temperature at which the rows are likeliest, kinds weighing the same."""
-    logits_SC = read_logits(interpreter, rows)
+    return softmax_temperature(read_logits(interpreter, rows), rows)
+
+
+def softmax_temperature(logits_SC: Tensor, rows: InterpreterRows) -> Tensor:
+    """The temperature of some logits at which the rows' concepts are likeliest, kinds weighing the same."""
     _, kind_S, counts = np.unique(rows.kinds, return_inverse=True, return_counts=True)
     weights_S = torch.from_numpy(1 / counts[kind_S])
     losses = [

@@ -37,8 +37,7 @@ class InterpreterTrainingConfig:
         noise: standard deviation of what is added to the standardised states in training.
         sampled: 0 takes the loss over all concepts; above, over those of the batch and so many others.
         contrast: weight of the contrastive term, for interpreters with a similarity head. sharpness: of its softmax.
-        pools: states of a text that are read at each layer.
-        seed: of weights, order, dropout.
+        baselines: whether a linear softmax, nearest means and TF-IDF are set beside it.
     """
 
     batch: int = 256
@@ -51,6 +50,7 @@ class InterpreterTrainingConfig:
     sampled: int = 0
     contrast: float = 0.3
     sharpness: float = 10.0
+    baselines: bool = True
 
     def check(self) -> None:
         """Raise ConfigError for values that cannot be."""
@@ -96,11 +96,20 @@ class InterpreterTask(pl.LightningModule):
             encoded_BW = self._encode(batch["states"], batch["mask"])
             losses_B = self._entropy(encoded_BW, batch["labels"])
             loss = self._over_all(losses_B * batch["weights"], batch)
-            self.log("train/loss", loss.detach(), on_epoch=True, on_step=False, batch_size=len(losses_B))
+            self.log(
+                "train/loss", loss.detach(), on_epoch=True, on_step=False, batch_size=len(losses_B), sync_dist=True
+            )
             if self.interpreter.similarity is not None and self.training_config.contrast:
                 partner_BW = self._encode(batch["partners"], batch["partner_mask"])
                 contrast = self._over_all(self._contrast(encoded_BW, partner_BW, batch["labels"]), batch)
-                self.log("train/contrast", contrast.detach(), on_epoch=True, on_step=False, batch_size=len(losses_B))
+                self.log(
+                    "train/contrast",
+                    contrast.detach(),
+                    on_epoch=True,
+                    on_step=False,
+                    batch_size=len(losses_B),
+                    sync_dist=True,
+                )
                 loss = loss + self.training_config.contrast * contrast
         return loss
 
@@ -194,10 +203,10 @@ class InterpreterTask(pl.LightningModule):
         means_K3 = sums_K4[:, 1:] / sums_K4[:, :1].clamp_min(1)
         # Kinds weigh the same, however many rows each has: an easy kind must not decide when training ends.
         for number, name in enumerate(FIGURES):
-            self.log(f"val/{name}", means_K3[there_K, number].mean(), prog_bar=number < 2)
+            self.log(f"val/{name}", means_K3[there_K, number].mean(), prog_bar=number < 2, sync_dist=True)
             for kind, value in zip(self.kinds, means_K3[:, number], strict=True):
                 if len(self.kinds) > 1:
-                    self.log(f"val/{name}_{kind}", value)
+                    self.log(f"val/{name}_{kind}", value, sync_dist=True)
         loss = means_K3[there_K, 0].mean()
         if loss < self.best_loss:
             self.best_loss.copy_(loss)
@@ -209,7 +218,8 @@ class InterpreterTask(pl.LightningModule):
         for parameter in self.interpreter.parameters():
             (decayed if parameter.ndim > 1 else free).append(parameter)
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+        # Attention does not see a bias of its keys; an eps above rounding keeps AdamW from making steps of its noise.
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6)
         total = max(1, int(self.trainer.estimated_stepping_batches))
         rising = max(1, round(config.warmup * total))
 
