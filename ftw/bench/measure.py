@@ -42,7 +42,7 @@ class BenchConfig:
         device: auto (cuda where there is one), cpu or cuda.
         pack: a lens pack to measure on instead of made-up lenses of First Light's size; `monitor` needs one.
         encyclopedia: collected states for `train` to fit on instead of made-up ones.
-        substrate: of `monitor`.
+        substrate: of `monitor` and `collect`.
         seed: of everything made up.
     """
 

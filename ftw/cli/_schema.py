@@ -19,7 +19,7 @@ from ftw.map.concept_source import ConceptsConfig
 from ftw.map.live import DynamicConfig, ResidentConfig
 from ftw.substrate.model import SubstrateConfig
 
-BENCHES = ("bank", "shelf", "text", "monitor", "train", "load", "temporal")
+BENCHES = ("bank", "shelf", "text", "monitor", "train", "load", "temporal", "collect")
 # Which lenses a monitor reads: the names in conf/hat/aperture, with their schemas.
 APERTURES = {"all": ResidentConfig, "dynamic": DynamicConfig}
 MODELS = {"interpreter": InterpreterConfig}  # the names in conf/model
@@ -49,7 +49,7 @@ class BenchJob(BenchConfig):
     """`ftw bench`.
 
     Attributes:
-        bench: what is measured: bank, shelf, text, monitor, train or load.
+        bench: what is measured: bank, shelf, text, monitor, train, load, temporal or collect.
         json: file for the rows. plot: file for the cost curve of `bank`; beside the JSON if null.
     """
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toy_model import byte_tokenizer, tiny_llama
 
 from ftw.bench.bank import _one_by_one, auroc_change
 from ftw.bench.measure import BenchConfig, Row, Stopwatch
@@ -18,6 +19,7 @@ from ftw.cli._schema import BENCHES, BenchJob
 from ftw.cli.bench import bench
 from ftw.errors import ConfigError
 from ftw.map.pack import load_pack
+from ftw.substrate.model import SubstrateConfig
 
 QUICK = {"seconds": 0.002, "quick": True, "device": "cpu"}
 
@@ -27,9 +29,17 @@ def measured(name: str, **config: object) -> list[Row]:
     return list(getattr(importlib.import_module(f"ftw.bench.{name}"), f"{name}_rows")(watch))
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHES if name not in ("monitor", "bank")])
+@pytest.mark.parametrize("name", [name for name in BENCHES if name not in ("monitor", "bank", "collect")])
 def test_a_bench_gives_rows_that_json_takes(name: str):
     check(measured(name))
+
+
+def test_collecting_is_held_against_bare_passes_and_single_prompts(tmp_path: Path):
+    tiny_llama().save_pretrained(tmp_path / "toy")
+    byte_tokenizer().save_pretrained(tmp_path / "toy")
+    rows = measured("collect", substrate=SubstrateConfig(name="local", path=str(tmp_path / "toy"), sources=["path"]))
+    check(rows)
+    assert [row.baseline.split()[0] for row in rows] == ["bare", "output_hidden_states,"]
 
 
 def test_the_bank_bench_has_every_family_precision_and_size_and_draws_its_curve(tmp_path: Path):
