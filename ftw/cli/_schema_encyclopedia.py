@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ftw.map.collect import CollectConfig
 from ftw.map.concept_source import ConceptsConfig
 from ftw.map.growing.choose import ChooseConfig
+from ftw.map.growing.convergence import ConvergenceConfig
 from ftw.map.growing.grow import GrowConfig
 from ftw.map.growing.writing import WritingConfig
 from ftw.map.training.interpreter import InterpreterFit
@@ -21,7 +22,7 @@ class EncyclopediaJob:
         stage: of a refinement; null for the next of each concept. contexts: texts a concept gets.
         test_contexts: sentences a concept gets to test readers on.
         confidence: who judges: interpreter or nearest_mean. interpreter: how it is made and trained.
-        out: file of an export, or of the rows of convergence. path: file of an import. layout: pooled or sequences.
+        out: file of an export, or folder of what convergence leaves. path: file of an import. layout: pooled or sequences.
     """
 
     action: str = "status"
@@ -33,6 +34,7 @@ class EncyclopediaJob:
     writing: WritingConfig = field(default_factory=WritingConfig)
     interpreter: InterpreterFit = field(default_factory=InterpreterFit)
     grow: GrowConfig = field(default_factory=GrowConfig)
+    convergence: ConvergenceConfig = field(default_factory=ConvergenceConfig)
     stage: int | None = None
     contexts: int = 5
     test_contexts: int = 3

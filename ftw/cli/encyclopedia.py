@@ -4,18 +4,22 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ftw import paths
+from ftw.cli import _run
 from ftw.cli._arguments import near
 from ftw.cli._schema_encyclopedia import EncyclopediaJob
 from ftw.cli._sources import Sources
 from ftw.cli._verb import verb
 from ftw.errors import ConfigError
 from ftw.map.estimate import readable_bytes
+from ftw.map.collect import collect
 from ftw.map.growing.choose import choose
+from ftw.map.growing.convergence import AT, Point, contexts_needed, crossed_table, measure, nouns
 from ftw.map.growing.entries import Entry, entries_of
 from ftw.map.growing.grow import grow
 from ftw.map.growing.judge import judge, judge_of
@@ -24,6 +28,7 @@ from ftw.map.growing.status import next_costs, status
 from ftw.map.growing.store import STAGES, GrowingEncyclopedia
 from ftw.map.wordnet import WordNet
 from ftw.substrate.model import Substrate
+from ftw.ui.convergence import convergence_curves
 from ftw.ui.steps import steps
 
 
@@ -119,6 +124,51 @@ def run_status(job: EncyclopediaJob, console: Console, sources: Sources) -> None
         _tell(growing, job, console)
 
 
+def run_convergence(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
+    """How many contexts until a concept's mean settles, for concrete and abstract nouns."""
+    job.convergence.check()
+    wordnet = WordNet.open(sources.fetch("wordnet-3.0").folder)
+    chosen = nouns(wordnet, job.convergence.num)
+    table, kinds = crossed_table([entry for entry, _ in chosen]), [kind for _, kind in chosen]
+    substrate, run_steps = sources.substrate(job.substrate), steps(console=console)
+    with run_steps.step(f"Read {len(table):,} texts"):
+        encyclopedia = collect(substrate, table, job.capture, moments=False)
+    points, needed = list[Point](), dict[str, dict[str, float]]()
+    with encyclopedia, run_steps.step("Halve the templates and compare") as step:
+        for layer in encyclopedia.spec.layers:
+            step.advance(total=len(encyclopedia.spec.layers))
+            states_SD = encyclopedia.pooled(layer, "mean").astype(np.float32)
+            states_NTD = states_SD.reshape(len(chosen), -1, states_SD.shape[-1])
+            points += measure(states_NTD, kinds, layer, job.convergence, job.seed)
+            each = contexts_needed(states_NTD)
+            needed[str(layer)] = {kind: float(np.median(each[np.array(kinds) == kind])) for kind in set(kinds)}
+    console.print(_convergence_table(points, needed))
+    if job.out:
+        folder = Path(job.out).expanduser()
+        record = {"points": [point.record() for point in points], "median_contexts_needed": needed}
+        _run.write_json(folder / "convergence.json", record)
+        lines = "".join(f"{entry.synset}\t{entry.phrase}\t{kind}\n" for entry, kind in chosen)
+        (folder / "nouns.tsv").write_text(lines, encoding="utf-8")
+        layers = encyclopedia.spec.layers
+        figure = convergence_curves(points, layers[len(layers) // 2])
+        figure.savefig(folder / "curves.png", dpi=130)
+        console.print(f"written: {folder}", highlight=False)
+
+
+def _convergence_table(points: list[Point], needed: dict[str, dict[str, float]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("layer", "nouns", "n", "distance", "corrected", "cosine", "reliability", "under 5 %", "n for 5 %"):
+        table.add_column(column, justify="left" if column == "nouns" else "right")
+    last = max(point.n for point in points)
+    for point in points:
+        if point.n in (1, 5, AT, last):
+            figures = [point.distance, point.corrected, point.cosine, point.reliability, point.passing]
+            cells = [f"{value:.3f} ({low:.3f}–{high:.3f})" for value, low, high in figures]
+            wanted = f"{needed[str(point.layer)][point.kind]:,.0f}" if point.n == last else ""
+            table.add_row(str(point.layer), point.kind, str(point.n), *cells, wanted)
+    return table
+
+
 ACTIONS = {
     "bootstrap": run_bootstrap,
     "refine": run_refine,
@@ -126,6 +176,7 @@ ACTIONS = {
     "judge": run_judge,
     "grow": run_grow,
     "status": run_status,
+    "convergence": run_convergence,
 }
 
 
