@@ -22,7 +22,8 @@ class EncyclopediaJob:
         stage: of a refinement; null for the next of each concept. contexts: texts a concept gets.
         test_contexts: sentences a concept gets to test readers on.
         confidence: who judges: interpreter or nearest_mean. interpreter: how it is made and trained.
-        out: file of an export, or folder of what convergence leaves. path: file of an import. layout: pooled or sequences.
+        out: file of an export, or folder of what convergence leaves. path: file of an import.
+        layout: of both, pooled or sequences.
     """
 
     action: str = "status"

@@ -16,14 +16,14 @@ from ftw.cli._schema_encyclopedia import EncyclopediaJob
 from ftw.cli._sources import Sources
 from ftw.cli._verb import verb
 from ftw.errors import ConfigError
-from ftw.map.estimate import readable_bytes
 from ftw.map.collect import collect
+from ftw.map.estimate import readable_bytes
 from ftw.map.growing.choose import choose
 from ftw.map.growing.convergence import AT, Point, contexts_needed, crossed_table, measure, nouns
 from ftw.map.growing.entries import Entry, entries_of
 from ftw.map.growing.grow import grow
 from ftw.map.growing.judge import judge, judge_of
-from ftw.map.growing.rounds import add_tests, bootstrap, refine
+from ftw.map.growing.rounds import add_judging, add_tests, bootstrap, refine
 from ftw.map.growing.status import next_costs, status
 from ftw.map.growing.store import STAGES, GrowingEncyclopedia
 from ftw.map.wordnet import WordNet
@@ -100,6 +100,9 @@ def run_judge(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
     """How certain a reader is of each concept."""
     with GrowingEncyclopedia.open(folder_of(job)) as growing:
         run_steps = steps(console=console)
+        if not len(growing.rows(split="background")):
+            with run_steps.step("Read a sentence of each concept"):
+                add_judging(growing, _substrate(job, sources, growing), seed=job.seed)
         with run_steps.step(f"Judge {len(growing):,} concepts ({job.confidence})"):
             judge(growing, judge_of(job.confidence, job.interpreter), job.seed)
         _tell(growing, job, console)

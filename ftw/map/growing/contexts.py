@@ -18,6 +18,8 @@ from ftw.map.growing.store import NAMED, STAGES, GrowingEncyclopedia, Plan
 from ftw.map.samples import SampleTable, SampleTableBuilder
 from ftw.map.sentences import CONTEXTS, OPPOSITIONS, TEST_CONTEXTS
 
+# Of the sentences that nothing is learnt from: on the last four concepts are judged, on the others readers are tested.
+TESTING, JUDGING = range(len(TEST_CONTEXTS) - 4), range(len(TEST_CONTEXTS) - 4, len(TEST_CONTEXTS))
 MIN_UNNAMED_CHARACTERS = 12  # of a definition without the words for its concept
 
 
@@ -41,8 +43,10 @@ def table_of(growing: GrowingEncyclopedia, plan: Plan, written: Sequence[Context
     """
     makers = {0: _terms, 1: _templates, 3: _oppositions}
     contexts = list(written)
-    if plan.test:
+    if plan.split == "test":
         contexts = list(_tests(growing, plan))
+    elif plan.split == "background":
+        contexts = list(_unseen(growing, plan, JUDGING, "judging"))
     elif plan.stage in makers:
         contexts = [*makers[plan.stage](growing, plan), *contexts]
     touched = sorted({context.concept for context in contexts})
@@ -52,11 +56,10 @@ def table_of(growing: GrowingEncyclopedia, plan: Plan, written: Sequence[Context
             f"there are {len(CONTEXTS)} templates and {len(OPPOSITIONS)} contrasts a concept"
         )
     builder = SampleTableBuilder([growing.concepts[index] for index in touched])
-    split = "test" if plan.test else "train"
     for context in contexts:
         named = "1" if growing.entries[context.concept].names_itself(context.text) else "0"
         columns = {"stage": str(plan.stage), NAMED: named}
-        row = builder.text(context.text, group=context.group, split=split, source=context.source, columns=columns)
+        row = builder.text(context.text, group=context.group, split=plan.split, source=context.source, columns=columns)
         builder.mark(row, growing.concepts[context.concept], 1)
     return builder.build()
 
@@ -112,16 +115,24 @@ def _oppositions(growing: GrowingEncyclopedia, plan: Plan) -> Iterator[Context]:
 
 def _tests(growing: GrowingEncyclopedia, plan: Plan) -> Iterator[Context]:
     """Templates kept for tests, the dictionary's examples, and definitions without the words for the concept."""
+    yield from _unseen(growing, plan, TESTING, "template")
     for index in wanted(growing, plan):
         entry = growing.entries[index]
-        for number in draw(plan.seed, entry.name, len(TEST_CONTEXTS))[: plan.contexts]:
-            yield Context(index, fill(TEST_CONTEXTS[number], entry), f"test template {number}", "template")
         for example in entry.examples:
             if entry.names_itself(example):
                 yield Context(index, example, f"examples of {entry.name}", "example")
         definition = entry.masked(entry.definition)
         if len(definition) >= MIN_UNNAMED_CHARACTERS:
             yield Context(index, definition, f"definition of {entry.name}", "definition")
+
+
+def _unseen(growing: GrowingEncyclopedia, plan: Plan, numbers: range, source: str) -> Iterator[Context]:
+    """Sentences that nothing is learnt from."""
+    for index in wanted(growing, plan):
+        entry = growing.entries[index]
+        for place in draw(plan.seed, entry.name, len(numbers))[: plan.contexts]:
+            number = numbers[place]
+            yield Context(index, fill(TEST_CONTEXTS[number], entry), f"test template {number}", source)
 
 
 def fill(template: str, entry: Entry) -> str:

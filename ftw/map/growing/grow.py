@@ -18,7 +18,7 @@ import numpy as np
 from ftw.errors import ConfigError, EncyclopediaError
 from ftw.map.growing.choose import least_certain
 from ftw.map.growing.judge import Judge, judge
-from ftw.map.growing.rounds import finish_pending, refine
+from ftw.map.growing.rounds import add_judging, finish_pending, refine
 from ftw.map.growing.store import GrowingEncyclopedia
 from ftw.map.growing.writing import WritingConfig
 from ftw.paths import replace_file
@@ -112,6 +112,7 @@ def grow(
             clock.stop()
         else:
             finish_pending(growing, substrate, progress=progress)
+        add_judging(growing, substrate, seed=seed, progress=progress)
         if growing.judged.get("round") != growing.num_rounds:
             judge(growing, by, seed)
             clock.stop()

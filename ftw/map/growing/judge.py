@@ -1,8 +1,8 @@
 """How sure a reader is of each concept, and what it takes it for: what decides where further contexts go.
 
-Two judges. "interpreter" trains one (`ftw.map.training.interpreter`) and asks it about the training samples that it did
-not learn from; where a concept has none of those, about all its samples. "nearest_mean" trains nothing: the posterior
-over the concepts' means at one layer, each sample left out of its own mean.
+All concepts are judged alike: on sentences that nothing is learnt from (`ftw.map.growing.rounds.add_judging`). Two
+judges. "interpreter" trains one on the training samples (`ftw.map.training.interpreter`), with those sentences as its
+validation. "nearest_mean" trains nothing: the posterior over the concepts' means at one layer.
 
 Axes: S samples, N concepts, L layers, D model width, B samples of a block, K confused concepts kept.
 """
@@ -19,7 +19,7 @@ from ftw.errors import ConfigError, DataError
 from ftw.hat.interpreter import Interpreter, Slot, calibrated
 from ftw.map.growing.store import GrowingEncyclopedia, Rows
 from ftw.map.training.interpreter import InterpreterFit, read_logits, train_interpreter
-from ftw.map.training.interpreter_data import TEST, TRAIN, InterpreterRows
+from ftw.map.training.interpreter_data import DEV, TEST, TRAIN, InterpreterRows
 
 JUDGES = ("interpreter", "nearest_mean")
 MOST_CONFUSED = 5
@@ -73,62 +73,45 @@ def judge(growing: GrowingEncyclopedia, judge: Judge, seed: int = 0) -> Judgemen
 def nearest_mean(growing: GrowingEncyclopedia, layer: int | None = None) -> Judgement:
     """The judgement of the nearest mean, at one layer (default: the middle one).
 
-    p(concept | x) is a softmax of -|x - mean|² / 2s over standardised states, s chosen by likelihood. A concept's only
-    sample cannot be left out of its mean: there the typical distance of a sample from its concept's mean stands in,
-    which is measured on concepts with more, or else taken from the nearest other mean.
+    p(concept | x) is a softmax of -|x - mean|² / s over standardised states; what all sentences have more than the
+    means is taken off first, and s is the likeliest.
     """
     layer = growing.layers[len(growing.layers) // 2] if layer is None else layer
-    moments, rows = growing.moments(layer), growing.rows()
-    if not len(rows):
-        raise DataError(f"encyclopedia {growing.name!r} has no samples to judge; run ftw encyclopedia bootstrap")
+    moments, rows = growing.moments(layer), judging_rows(growing)
     known = moments.count > 0
     scale_D = moments.mean[known].std(axis=0).clip(1e-4)
-    mean_ND = torch.from_numpy(moments.mean / scale_D).float()
-    x_SD = torch.from_numpy(growing.states(rows, [layer])[:, 0] / scale_D).float()
-    label_S, count_N = torch.from_numpy(rows.concept.astype(np.int64)), torch.from_numpy(moments.count)
-    spread = (moments.m2 / scale_D**2).sum(axis=1)[moments.count > 1] / (moments.count[moments.count > 1] - 1)
-    typical = float(np.median(spread)) if len(spread) else None
-    distances = _Distances(mean_ND, count_N, torch.from_numpy(known), typical)
-    scale = _likeliest_scale(distances, x_SD, label_S)
+    mean_ND = torch.from_numpy((moments.mean - moments.mean[known].mean(axis=0)) / scale_D).float()
+    states_SD = growing.states(rows, [layer])[:, 0].astype(np.float64)
+    x_SD = torch.from_numpy((states_SD - states_SD.mean(axis=0)) / scale_D).float()
+    label_S, unknown_N = torch.from_numpy(rows.concept.astype(np.int64)), torch.from_numpy(~known)
+
+    def square(part: slice) -> Tensor:
+        return (torch.cdist(x_SD[part], mean_ND) ** 2).masked_fill(unknown_N, torch.inf)
+
+    scale = _likeliest_scale(square(slice(BLOCK_ROWS)), label_S[:BLOCK_ROWS])
     sums = _Sums.empty(len(growing))
     for start in range(0, len(rows), BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
-        chance_BN = (-distances.of(x_SD[part], label_S[part]) / (2 * scale)).softmax(dim=1)
-        sums.add(chance_BN, label_S[part])
+        sums.add((-square(part) / scale).softmax(dim=1), label_S[part])
     return sums.judgement(by="nearest_mean", layer=layer)
 
 
-@dataclass(frozen=True)
-class _Distances:
-    """Squared distances of samples from the means, own samples left out of their own."""
+def judging_rows(growing: GrowingEncyclopedia) -> Rows:
+    """The sentences that concepts are judged on.
 
-    mean_ND: Tensor
-    count_N: Tensor
-    known_N: Tensor
-    typical: float | None
-
-    def of(self, x_BD: Tensor, label_B: Tensor) -> Tensor:
-        square_BN = torch.cdist(x_BD, self.mean_ND) ** 2
-        square_BN[:, ~self.known_N] = torch.inf
-        rows, count_B = torch.arange(len(x_BD)), self.count_N[label_B].float()
-        # x - mean without x = (x - mean) n / (n - 1)
-        own_B = square_BN[rows, label_B] * (count_B / (count_B - 1).clamp_min(1)) ** 2
-        alone_B = count_B < 2
-        if alone_B.any():
-            others_BN = square_BN.clone()
-            others_BN[rows, label_B] = torch.inf
-            near_B = others_BN.min(dim=1).values if self.typical is None else torch.full_like(own_B, self.typical)
-            own_B = torch.where(alone_B, near_B, own_B)
-        square_BN[rows, label_B] = own_B
-        return square_BN
+    Raises:
+        DataError: there are none.
+    """
+    rows = growing.rows(split="background")
+    if not len(rows):
+        raise DataError(f"encyclopedia {growing.name!r} has no sentences to judge by; run ftw encyclopedia judge")
+    return rows
 
 
-def _likeliest_scale(distances: _Distances, x_SD: Tensor, label_S: Tensor) -> float:
-    """The scale s at which some of the samples, evenly spaced, are likeliest."""
-    chosen = torch.arange(0, len(x_SD), max(1, len(x_SD) // BLOCK_ROWS))[:BLOCK_ROWS]
-    square_BN = distances.of(x_SD[chosen], label_S[chosen])
-    typical = square_BN.gather(1, label_S[chosen, None]).median().clamp_min(1e-6)
-    losses = [torch.nn.functional.cross_entropy(-square_BN / (2 * typical * t), label_S[chosen]) for t in TEMPERATURES]
+def _likeliest_scale(square_BN: Tensor, label_B: Tensor) -> float:
+    """The scale of squared distances at which the samples are likeliest."""
+    typical = square_BN.gather(1, label_B[:, None]).median().clamp_min(1e-6)
+    losses = [torch.nn.functional.cross_entropy(-square_BN / (typical * t), label_B) for t in TEMPERATURES]
     return float(typical * TEMPERATURES[int(torch.stack(losses).argmin())])
 
 
@@ -137,33 +120,33 @@ def _likeliest_scale(distances: _Distances, x_SD: Tensor, label_S: Tensor) -> fl
 
 def by_interpreter(growing: GrowingEncyclopedia, fit: InterpreterFit, seed: int = 0) -> Judgement:
     """Train an interpreter on the samples so far, and judge by it."""
-    rows = interpreter_rows(growing, growing.rows()).with_validation(seed)
+    rows = interpreter_rows(growing, growing.rows(), dev=judging_rows(growing))
     interpreter = train_interpreter(rows, replace(fit, seed=seed))
-    return judgement_of(interpreter, rows)
+    return judgement_of(interpreter, rows.select(rows.where(DEV)))
 
 
 def judgement_of(interpreter: Interpreter, rows: InterpreterRows) -> Judgement:
-    """What an interpreter makes of each concept, on unseen rows where a concept has some, else on all."""
-    unseen_S = np.asarray(rows.parts) != TRAIN
-    has_unseen_N = np.bincount(rows.labels_S[torch.from_numpy(unseen_S)].numpy(), minlength=len(rows.names)) > 0
-    used = np.flatnonzero(unseen_S | ~has_unseen_N[rows.labels_S.numpy()])
+    """What an interpreter makes of each concept on some rows."""
     sums = _Sums.empty(len(rows.names))
-    for start in range(0, len(used), BLOCK_ROWS):
-        part = rows.select(used[start : start + BLOCK_ROWS])
+    for start in range(0, len(rows), BLOCK_ROWS):
+        part = rows.select(np.arange(start, min(start + BLOCK_ROWS, len(rows))))
         sums.add(calibrated(read_logits(interpreter, part), interpreter.temperature), part.labels_S)
-    return sums.judgement(by="interpreter", unseen=int(has_unseen_N.sum()))
+    return sums.judgement(by="interpreter")
 
 
-def interpreter_rows(growing: GrowingEncyclopedia, rows: Rows, *, test: Rows | None = None) -> InterpreterRows:
-    """Samples of a growing encyclopedia as an interpreter takes them, test rows behind those to learn from."""
-    every = rows if test is None else Rows.joined([rows, test])
+def interpreter_rows(
+    growing: GrowingEncyclopedia, rows: Rows, *, dev: Rows | None = None, test: Rows | None = None
+) -> InterpreterRows:
+    """Samples of a growing encyclopedia as an interpreter takes them: those to learn from, then dev, then test."""
+    parts = {TRAIN: rows, **{name: part for name, part in ((DEV, dev), (TEST, test)) if part is not None}}
+    every = Rows.joined(list(parts.values()))
     return InterpreterRows(
         names=growing.concepts,
         slots=[Slot(layer, "mean") for layer in growing.layers],
         states_STD=torch.from_numpy(growing.states(every)),
         labels_S=torch.from_numpy(every.concept.astype(np.int64)),
         groups=every.groups,
-        parts=[TRAIN] * len(rows) + [TEST] * (len(every) - len(rows)),
+        parts=[name for name, part in parts.items() for _ in range(len(part))],
         kinds=["named" if named else "unnamed" for named in every.named],
         texts=every.texts,
         fingerprint=growing.spec.fingerprint,

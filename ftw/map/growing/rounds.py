@@ -136,7 +136,16 @@ def add_tests(
 
     Named: templates and dictionary examples unseen in training. Unnamed: definitions without the concept's words.
     """
-    plan = Plan(stage=0, test=True, contexts=contexts, seed=seed)
+    return _add_unseen(growing, substrate, Plan(stage=0, split="test", contexts=contexts, seed=seed), progress=progress)
+
+
+def add_judging(growing: GrowingEncyclopedia, substrate: Substrate, *, seed: int = 0, progress: bool = True) -> int:
+    """A sentence of each concept that nothing learns from, on which all are judged alike. Returns its round."""
+    return _add_unseen(growing, substrate, Plan(stage=0, split="background", seed=seed), progress=progress)
+
+
+def _add_unseen(growing: GrowingEncyclopedia, substrate: Substrate, plan: Plan, *, progress: bool) -> int:
+    """A round of texts that count nowhere, if there is none of this plan yet."""
     finish_pending(growing, substrate, progress=progress)
     for number in range(growing.num_rounds):
         if growing.plan(number) == plan:
@@ -182,7 +191,7 @@ def _table(
         with Encyclopedia.open(folder) as begun:
             return begun.table
     written: list[Context] = []
-    if plan.stage > 1 and not plan.test:
+    if plan.stage > 1:
         written = write_contexts(growing, substrate, plan, folder / "written", progress=progress)
     return table_of(growing, plan, written)
 

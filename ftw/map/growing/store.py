@@ -34,6 +34,7 @@ from ftw.map.growing.entries import Entry, check_entries, read_entries, write_en
 from ftw.map.growing.moments import FILE as MOMENTS
 from ftw.map.growing.moments import Moments, RoundMoments, write_moments
 from ftw.map.index import positives, sample_stages
+from ftw.map.samples import SPLITS
 from ftw.map.shard import CaptureSpec
 from ftw.paths import replace_file
 from ftw.substrate.model import Substrate
@@ -106,7 +107,8 @@ class Plan:
     """What a round is to hold; its texts follow from this and from the rounds before it.
 
     Attributes:
-        stage: 0-3. test: the texts are for tests, and are counted nowhere.
+        stage: 0-3.
+        split: "train"; or "test" (to test readers on) or "background" (to judge concepts on), which count nowhere.
         concepts: indices of the concepts; None for all.
         contexts: texts a concept is to get.
         seed: of every choice.
@@ -115,7 +117,7 @@ class Plan:
     """
 
     stage: int
-    test: bool = False
+    split: str = "train"
     concepts: list[int] | None = None
     contexts: int = 1
     seed: int = 0
@@ -280,8 +282,10 @@ class GrowingEncyclopedia:
         try:
             plan = Plan(**record)
             chosen = [] if plan.concepts is None else plan.concepts
-            if plan.stage not in STAGES or any(type(one) is not int or not 0 <= one < len(self) for one in chosen):
-                raise ValueError("a stage or a concept that there is not")
+            if plan.stage not in STAGES or plan.split not in SPLITS:
+                raise ValueError("a stage or a split that there is not")
+            if any(type(one) is not int or not 0 <= one < len(self) for one in chosen):
+                raise ValueError("a concept that there is not")
         except (TypeError, ValueError) as error:
             raise EncyclopediaError(f"{path} is no plan of a round ({error}); delete its folder") from error
         return plan
@@ -325,7 +329,7 @@ class GrowingEncyclopedia:
         encyclopedia, plan = self.encyclopedia(number), self.plan(number)
         table = encyclopedia.table
         to_global = np.array([self.index[name] for name in table.concepts], dtype=np.int64)
-        rows, cols = positives(table) if not plan.test else (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        rows, cols = positives(table) if plan.split == "train" else (np.zeros(0, np.int64), np.zeros(0, np.int64))
         touched, place_E = np.unique(to_global[cols], return_inverse=True)
         count = self.num_samples[touched] + np.bincount(place_E, minlength=len(touched))
         stage = self.stage[touched]
@@ -463,7 +467,7 @@ class GrowingEncyclopedia:
         """All samples of some stages (default: all), in the order they were collected.
 
         Args:
-            split: "train", or "test" for the texts of test rounds.
+            split: "train"; "test" for texts to test readers on, "background" for those that concepts are judged on.
             concepts: indices of the concepts wanted; None for all.
         """
         wanted = None if concepts is None else np.isin(np.arange(len(self)), np.asarray(concepts))

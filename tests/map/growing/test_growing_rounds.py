@@ -16,7 +16,7 @@ from ftw.map.growing import Entry, GrowingEncyclopedia
 from ftw.map.growing.choose import ChooseConfig, choose
 from ftw.map.growing.grow import GrowConfig, grow
 from ftw.map.growing.judge import Judgement, judge, nearest_mean
-from ftw.map.growing.rounds import bootstrap, finish_pending, refine
+from ftw.map.growing.rounds import add_judging, bootstrap, finish_pending, refine
 from ftw.map.growing.store import Plan
 from ftw.map.growing.writing import WritingConfig
 from ftw.substrate.model import Substrate
@@ -136,6 +136,7 @@ def test_contrasts_name_the_concepts_that_one_is_confused_with(tmp_path: Path, t
         refine(growing, tiny_substrate, [0], 2, progress=False)
     with pytest.raises(EncyclopediaError, match="nobody has judged"):
         refine(growing, tiny_substrate, [1], 3, progress=False)
+    add_judging(growing, tiny_substrate, progress=False)
     judge(growing, by_nearest_mean)
     assert all(own not in others for own, others in enumerate(growing.confused_with))
     with pytest.raises(EncyclopediaError, match="have not had stage 2"):
