@@ -1,8 +1,8 @@
 """Does refining the concepts that a reader is least certain of help more than refining as many by chance?
 
-Two steps, both resumable: `prepare` collects terms, templates and tests, lets an ensemble of interpreters choose a fifth of
-the concepts in several ways, and has the substrate write contexts for all chosen. `compare` trains interpreters on the
-common samples plus those of one choice, and reads the tests.
+Two steps, both resumable: `prepare` collects terms, templates and tests, lets an ensemble of interpreters choose a
+fifth of the concepts in several ways, and has the substrate write contexts for all chosen. `compare` trains
+interpreters on the common samples plus those of one choice, and reads the tests.
 
 Axes: S rows, N concepts, E interpreters of the ensemble, R draws.
 """
