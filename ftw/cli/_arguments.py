@@ -14,7 +14,7 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -144,8 +144,8 @@ def quoted(value: str) -> str:
 
 
 def is_multirun(words: Iterable[str]) -> bool:
-    """Whether one run for each value is asked for."""
-    return any(word in ("-m", "--multirun") for word in words)
+    """Whether one run for each value is asked for, or a sweep that draws values."""
+    return any(word in ("-m", "--multirun") or re.fullmatch(r"\+?sweep=(?!null).+", word) for word in words)
 
 
 def check(verb: str, words: Sequence[str], folder: str) -> None:
@@ -211,7 +211,7 @@ def _single_runs(parsed: Sequence[Override], several: bool) -> Iterator[list[str
                     f"{line}: several values; add -m for one run each, or write a list: "
                     f"{override.get_key_element()}=[{value}]"
                 )
-            values.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+            values.append([f"{override.get_key_element()}={value}" for value in _swept(override)])
         else:
             values.append([line])
     first = [choices[0] for choices in values]
@@ -219,6 +219,14 @@ def _single_runs(parsed: Sequence[Override], several: bool) -> Iterator[list[str
     for place, choices in enumerate(values):
         for other in choices[1:MOST_CHECKED]:
             yield [*first[:place], other, *first[place + 1 :]]
+
+
+def _swept(override: Override) -> list[str]:
+    """The values of a sweep; of an interval its ends."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [str(value.start), str(value.end)]
+    return list(override.sweep_string_iterator())
 
 
 def _compose(verb: str, overrides: list[str], *, complete: bool) -> None:

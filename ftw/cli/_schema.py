@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from ftw.bench.measure import BenchConfig
 from ftw.cat.narrative import NarrativeConfig
+from ftw.cli._sweeper import register_sweeper
 from ftw.hat.interpreter import InterpreterConfig
 from ftw.map.concept_source import ConceptsConfig
 from ftw.map.live import DynamicConfig, ResidentConfig
@@ -192,6 +193,7 @@ def register(verb: str, job: type, data: Mapping[str, type]) -> None:
     """Tell Hydra the schema of a verb's job and of the kinds of data it takes."""
     store = ConfigStore.instance()
     store.store(name=f"{verb}_schema", node=job)
+    register_sweeper()
     for group, kinds in (("data", data), ("hat/aperture", APERTURES), ("model", MODELS)):
         for name, kind in kinds.items():
             store.store(group=group, name=f"{name}_schema", node=kind)

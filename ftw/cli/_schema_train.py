@@ -78,7 +78,13 @@ class CollectJob(StatesJob):
 
 @dataclass(kw_only=True)
 class TrainJob(StatesJob):
-    """`ftw train`; `model` trains an interpreter instead of lenses."""
+    """`ftw train`.
+
+    Attributes:
+        model: trains an interpreter instead of lenses.
+        objective: what a sweep compares: "out_of_fold" (AUROC of training rows, which the solver logistic gives),
+            "heldout" (AUROC of the held-out rows, which then are no longer independent of the choice), or "auto".
+    """
 
     model: Any = None
     hat: HatNode = field(default_factory=HatNode)
@@ -87,6 +93,7 @@ class TrainJob(StatesJob):
     version: str = "0.1.0"
     watch_prompt: str | None = None
     resume: str | None = None
+    objective: str = "auto"
     trainer: Any = MISSING
     logger: Any = None
     callbacks: Any = None

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from ftw import paths
@@ -28,6 +29,8 @@ from ftw.substrate.model import Substrate
 from ftw.ui.report import write_report
 from ftw.ui.steps import Steps, steps
 from ftw.ui.terminal import evaluation_table, overview
+
+OBJECTIVES = ("auto", "out_of_fold", "heldout")
 
 
 @dataclass
@@ -150,7 +153,9 @@ def leave_results(
 
 
 def train(job: TrainJob) -> float | None:
-    """Train a pack; returns the mean AUROC (of an interpreter: top-1), which sweepers maximise."""
+    """Train a pack; returns what sweepers maximise (of an interpreter: top-1)."""
+    if job.objective not in OBJECTIVES:
+        raise ConfigError(f"objective={job.objective!r}; choose {', '.join(OBJECTIVES)}")
     run_steps = steps(console=Console(quiet=not first_rank()))
     if job.model is not None:
         return train_model(job, run_steps)
@@ -163,7 +168,24 @@ def train(job: TrainJob) -> float | None:
     if any(trained.folder.glob("wandb/offline-*")):
         rows["to wandb"] = f"wandb sync {folder}/wandb/offline-*"
     run_steps.console.print(overview("Written", rows))
-    return None if trained.evaluation is None else float(trained.evaluation.mean["auroc"])
+    return objective(job.objective, trained.pack, trained.evaluation)
+
+
+def objective(kind: str, pack: LensPack, evaluation: Evaluation | None) -> float | None:
+    """Mean AUROC that a sweep compares: of training rows out of fold, where the solver tells it, or of held-out rows.
+
+    Raises:
+        ConfigError: out-of-fold figures are asked for, and the solver gives none.
+    """
+    choices = [figures["choice"]["evidence"]["combined"] for figures in pack.metrics.values() if "choice" in figures]
+    if choices and kind != "heldout":
+        return float(np.nanmean(np.asarray(choices, dtype=float)))
+    if kind == "out_of_fold":
+        raise ConfigError(
+            f"objective=out_of_fold: map.training.solver={pack.recipe.solver} tells no such figure; take "
+            "solver=logistic, or objective=heldout (with data.heldout_part=dev, for instance)"
+        )
+    return None if evaluation is None else float(evaluation.mean["auroc"])
 
 
 def train_model(job: TrainJob, run_steps: Steps) -> float | None:
