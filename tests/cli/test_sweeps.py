@@ -24,6 +24,12 @@ QUICK = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runs/latest` of the toy run stays what other tests know."""
+    monkeypatch.setenv("FTW_RUNS", str(tmp_path))
+
+
 def sweep(toy: ToyRun, folder: str, *words: str) -> list[dict]:
     given = [*toy.substrate, "data=labelled", f"data.path={toy.texts}", *QUICK]
     run_verb("train", "sweep=recipe", *given, f"hydra.sweep.dir={folder}", *words)
