@@ -25,7 +25,7 @@ QUICK = [
 
 
 @pytest.fixture(autouse=True)
-def own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_runs(toy: ToyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`runs/latest` of the toy run stays what other tests know."""
     monkeypatch.setenv("FTW_RUNS", str(tmp_path))
 
