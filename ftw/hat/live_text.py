@@ -8,16 +8,17 @@ Axes: N text lenses, A activation lenses, C candidates.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from ftw.hat.readout import Readout
+from ftw.hat.readout import Readout, Told
 from ftw.hat.text_embedding import AnyText
 from ftw.hat.text_window import Window, open_window
-from ftw.hat.timeline import Gap, Reading
+from ftw.hat.timeline import Gap
 
-CANDIDATES = 32  # of each kind: among their strongest, the largest differences are looked for
+CANDIDATES = 16  # of each kind: among their strongest, the largest differences are looked for
 
 
 class LiveText:
@@ -83,17 +84,12 @@ class Comparison:
         """Activation lenses of the concepts that are written the most, [M, C]; -1 where one has no such lens."""
         return self._to_activation_N[self.readout.strongest(logits_MN, CANDIDATES)]
 
-    def gaps(self, thought: Sequence[Reading], logits_N: Tensor) -> list[Gap]:
-        """The largest differences among some concepts that were read on the activation side."""
-        read = {one.concept: one for one in thought if one.logit == one.logit and one.concept in self._to_text}
-        rows = torch.tensor([self._to_text[name] for name in read], dtype=torch.long)
-        logits_C = logits_N[rows]
-        if self.by_percentile:
-            written_C = self.readout.lenses.percentile(logits_C[None], rows[None])[0].tolist()
-            thought_C = [one.percentile for one in read.values()]
-        else:
-            written_C, thought_C = torch.sigmoid(logits_C).tolist(), [one.probability for one in read.values()]
-        found = [Gap(name, a, t, a - t) for name, a, t in zip(read, thought_C, written_C, strict=True)]
-        return sorted((gap for gap in found if gap.signed == gap.signed), key=lambda gap: -abs(gap.signed))[
-            : self.top_k
-        ]
+    def gaps(self, told: Told, logits_N: Tensor) -> list[Gap]:
+        """The largest differences among the concepts that were read on the activation side."""
+        thought = {self.names[cell.row]: cell for cell in told.cells if cell.logit == cell.logit}
+        both = [(name, cell, self._to_text[name]) for name, cell in thought.items() if name in self._to_text]
+        written = self.readout.cells(logits_N.numpy(), [row for _, _, row in both])
+        of = attrgetter("percentile" if self.by_percentile else "probability")
+        found = [Gap(name, of(a), of(t), of(a) - of(t)) for (name, a, _), t in zip(both, written, strict=True)]
+        found = [gap for gap in found if gap.signed == gap.signed]
+        return sorted(found, key=lambda gap: -abs(gap.signed))[: self.top_k]

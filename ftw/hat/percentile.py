@@ -7,6 +7,7 @@ fewest passes over memory do.
 Axes: M rows (lenses), B values a row, Q quantiles, R rows in which a value equals a quantile.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import cast
@@ -35,9 +36,9 @@ def interpolate(logits_MB: Tensor, quantiles_MQ: Tensor, levels_Q: Tensor) -> Te
 
 
 def percentile_of(value: float, quantiles: Sequence[float], levels: Sequence[float], start: int = 0) -> float:
-    """As `interpolate`, of one value in quantiles[start : start + len(levels)]."""
-    if value != value:
-        return value
+    """As `interpolate`, of one value in quantiles[start : start + len(levels)]; NaN where there are none."""
+    if value != value or not levels:
+        return math.nan
     stop = start + len(levels)
     first = bisect_left(quantiles, value, start, stop) - start
     if first == len(levels):

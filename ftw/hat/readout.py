@@ -8,6 +8,7 @@ Axes: M tokens at once, N lenses, K kept, V watched, G guarded (watched, or belo
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import compress
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -78,21 +79,31 @@ class TextLenses:
         return middle_spread(self._quantiles_NQ, self._levels_Q)
 
 
+class Cell(NamedTuple):
+    """One lens at one token, by its row."""
+
+    row: int
+    logit: float
+    probability: float
+    percentile: float
+
+
 class Told(NamedTuple):
     """What is told of one token: readings without NaN (missing), but for the watch list, which is always whole.
 
-    `lead` is the strongest concept, if it stands out from what chance gives among so many lenses.
+    `lead` is the strongest concept, if it stands out from what chance gives among so many lenses. `cells`: everything
+    that was read for it, and what was asked for besides.
     """
 
     top: list[Reading]
     watch: list[Reading]
     alarms: list[Alarm]
-    asked: list[Reading]
     lead: str | None
+    cells: list[Cell]
 
 
-# Logit, probability and percentile of every cell; its row; whether the strongest stands out; which guarded ones fire.
-_Copied = tuple[list[list[list[float]]], list[list[int]], Sequence[bool], Sequence[Sequence[bool]]]
+# The cells of each token; whether the strongest stands out; which guarded lenses fire.
+_Copied = tuple[list[list[Cell]], Sequence[bool], Sequence[Sequence[bool]]]
 
 
 class Readout:
@@ -140,35 +151,39 @@ class Readout:
         index_MK = self.strongest(logits_MN, self.top_k)
         num_top = index_MK.shape[1]
         copied = self._on_host if logits_MN.device.type == "cpu" else self._from_device
-        numbers_MX3, rows_MX, leads_M, fires_MG = copied(logits_MN, index_MK, asked_MC)
+        cells_MX, leads_M, fires_MG = copied(logits_MN, index_MK, asked_MC)
         told = []
-        for m, rows_X in enumerate(rows_MX):
-            all_read = [Reading(names[n], *x) for n, x in zip(rows_X, numbers_MX3[m], strict=True)]
+        for m, cells in enumerate(cells_MX):
+            all_read = [Reading(names[cell[0]], *cell[1:]) for cell in cells[: num_top + num_watched]]
             alarms = self._alarms(logits_MN[m], fires_MG[m]) if any(fires_MG[m]) else []
-            top, watch = all_read[:num_top], all_read[num_top : num_top + num_watched]
+            top, watch = all_read[:num_top], all_read[num_top:]
             lead = top[0].concept if leads_M[m] else None
-            asked = all_read[num_top + num_watched :]
-            told.append(Told([one for one in top if one.logit == one.logit], watch, alarms, asked, lead))
+            told.append(Told([one for one in top if one.logit == one.logit], watch, alarms, lead, cells))
         return told
 
     def _on_host(self, logits_MN: Tensor, index_MK: Tensor, asked_MC: Tensor | None) -> _Copied:
         """What is told, in plain numbers: after a model's forward pass calls on arrays cost more than the numbers."""
-        quantiles, levels = self._numbers()
         all_MN, has_top = logits_MN.numpy(), index_MK.shape[1] > 0
         rows_MX = [rows_K + self._watched for rows_K in index_MK.tolist()]
         if asked_MC is not None:
             rows_MX = [rows + asked for rows, asked in zip(rows_MX, asked_MC.tolist(), strict=True)]
-        numbers_MX3, leads_M, fires_MG = [], [], []
-        for m, rows_X in enumerate(rows_MX):
-            logits_X = [all_MN[m, row].item() for row in rows_X]
-            places_X = [
-                percentile_of(logit, quantiles, levels, row * len(levels)) if levels else math.nan
-                for logit, row in zip(logits_X, rows_X, strict=True)
-            ]
-            numbers_MX3.append([[x, _probability(x), place] for x, place in zip(logits_X, places_X, strict=True)])
-            leads_M.append(has_top and logits_X[0] >= self._leads[rows_X[0]])
-            fires_MG.append(self._firing(all_MN[m]))
-        return numbers_MX3, rows_MX, leads_M, fires_MG
+        cells_MX, leads_M, fires_MG = [], [], []
+        for logits_N, rows_X in zip(all_MN, rows_MX, strict=True):
+            cells_MX.append(self.cells(logits_N, rows_X))
+            leads_M.append(has_top and cells_MX[-1][0].logit >= self._leads[rows_X[0]])
+            fires_MG.append(self._firing(logits_N))
+        return cells_MX, leads_M, fires_MG
+
+    def cells(self, logits_N: np.ndarray, rows: Sequence[int]) -> list[Cell]:
+        """Some lenses at a token, from the logits of all of them on the host."""
+        quantiles, levels = self._numbers()
+        logits_X = [logits_N[row].item() for row in rows]
+        return [
+            Cell(
+                row, x, _probability(x), percentile_of(x, quantiles, levels, row * len(levels)) if levels else math.nan
+            )
+            for row, x in zip(rows, logits_X, strict=True)
+        ]
 
     def _firing(self, logits_N: np.ndarray) -> Sequence[bool]:
         """Which of the guarded lenses are above the alarm: a few one by one, many at once."""
@@ -180,7 +195,7 @@ class Readout:
         """Background quantiles of all lenses one after another, and their levels; made anew when the lenses change."""
         quantiles_NQ, levels_Q = self.lenses.background()
         if self._background is None or self._background[0] is not quantiles_NQ:
-            self._background = quantiles_NQ, flat_numbers(quantiles_NQ), levels_Q.tolist()
+            self._background = quantiles_NQ, flat_numbers(quantiles_NQ.cpu()), levels_Q.tolist()
         return self._background[1:]
 
     def _from_device(self, logits_MN: Tensor, index_MK: Tensor, asked_MC: Tensor | None) -> _Copied:
@@ -194,8 +209,12 @@ class Readout:
         fires_MG = logits_MN[:, self._guarded_G] >= self._limits_G
         copied = torch.cat([numbers.flatten(1), index_MX, leads_M1, fires_MG], dim=1).cpu()
         numbers_MX3, rows_MX = copied[:, : 3 * cells].view(num, cells, 3), copied[:, 3 * cells : 4 * cells].long()
+        cells_MX = [
+            [Cell(row, *numbers) for row, numbers in zip(rows, read, strict=True)]
+            for rows, read in zip(rows_MX.tolist(), numbers_MX3.tolist(), strict=True)
+        ]
         flags_MF = copied[:, 4 * cells :].bool().tolist()
-        return numbers_MX3.tolist(), rows_MX.tolist(), [flags_F[0] for flags_F in flags_MF], [x[1:] for x in flags_MF]
+        return cells_MX, [flags_F[0] for flags_F in flags_MF], [flags_F[1:] for flags_F in flags_MF]
 
     def strongest(self, logits_MN: Tensor, k: int) -> Tensor:
         """Rows of the k strongest lenses of each token, [M, K]; a missing reading (NaN) is the weakest."""
@@ -207,12 +226,10 @@ class Readout:
 
     def _alarms(self, logits_N: Tensor, fires_G: Sequence[bool]) -> list[Alarm]:
         """The guarded concepts that fire, highest percentile first."""
-        rows = self._guarded_G[torch.tensor(fires_G, device=self._guarded_G.device)]
-        percentile_F = self.lenses.percentile(logits_N[rows][None], rows[None])[0].tolist()
-        names = [self.lenses.names[row] for row in rows.tolist()]
+        rows, names = list(compress(self._guarded, fires_G)), self.lenses.names
         alarms = [
-            Alarm(self._watched_by[name], Reading(name, logit, _probability(logit), percentile))
-            for name, logit, percentile in zip(names, logits_N[rows].tolist(), percentile_F, strict=True)
+            Alarm(self._watched_by[names[cell.row]], Reading(names[cell.row], *cell[1:]))
+            for cell in self.cells(logits_N.cpu().numpy(), rows)
         ]
         return sorted(alarms, key=lambda alarm: -alarm.reading.percentile)
 

@@ -6,6 +6,7 @@ criterion it sees the sequences after each step. A token is told as soon as its 
 Axes: B sequences, T tokens, L layers, N lenses, M readings at once, K kept.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -272,6 +273,8 @@ class Recorder(StoppingCriteria):
         except Exception as error:  # noqa: BLE001 (a generation must not die because a lens does)
             self._last_error = f"{type(error).__name__}: {error}"
             return torch.full((*shape, len(self.bank)), torch.nan, device=states_BTLD.device)
+        if logits_BTN.device.type == "cpu" and math.isfinite(logits_BTN.sum().item()):
+            return logits_BTN  # one pass where nothing is wrong; on a device it would wait
         return logits_BTN.masked_fill(~logits_BTN.isfinite(), torch.nan)
 
     def _tell(self, sequences: Tensor) -> None:
@@ -368,7 +371,7 @@ class Recorder(StoppingCriteria):
         readout = self.readout if self.comparison is None else self.comparison.readout
         said = [token.written_N for token in tokens if token.written_N is not None]
         told = iter(readout(torch.stack(said)) if said else ())
-        nothing = Told([], self._unread(readout), [], [], None)
+        nothing = Told([], self._unread(readout), [], None, [])
         return [nothing if token.written_N is None else next(told) for token in tokens]
 
     def _thought(self, tokens: Sequence[_Token], logits_BTN: Tensor | None) -> tuple[list[Told], list[list[Gap]]]:
@@ -386,7 +389,7 @@ class Recorder(StoppingCriteria):
         asked.append(compare.candidates(written_MN).clamp_min(0).to(logits_MN.device))
         told = self.readout(logits_MN, torch.cat(asked, dim=1))
         pairs = zip(told, written_MN, strict=True)
-        return told, [compare.gaps([*one.top, *one.watch, *one.asked], said_N) for one, said_N in pairs]
+        return told, [compare.gaps(one, said_N) for one, said_N in pairs]
 
     @staticmethod
     def _unread(readout: Readout) -> list[Reading]:
