@@ -18,7 +18,7 @@ Steps = list[Tensor | None]
 
 
 def final_states(fed_NBT2G: Tensor, w_hh_N2GH: Tensor, bias_n_N2H: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """Last state of both directions, [N, B, 2H] in float32.
+    """Last state of both directions, [N, B, 2H] in float32, from what each token gives to the gates.
 
     Args:
         fed_NBT2G: what the inputs give to the gates, bias included; any strides. Its type is what is computed in.
@@ -29,17 +29,44 @@ def final_states(fed_NBT2G: Tensor, w_hh_N2GH: Tensor, bias_n_N2H: Tensor | None
     Source: Hochreiter & Schmidhuber 1997, Long short-term memory; Cho et al. 2014, Learning phrase representations
     using RNN encoder-decoder; Schuster & Paliwal 1997, Bidirectional recurrent neural networks.
     """
-    num_lenses, steps = len(fed_NBT2G), _steps(fed_NBT2G, lengths)
+    fed_N2BTG = torch.stack([fed_NBT2G[..., 0, :], fed_NBT2G[..., 1, :].flip(2)], dim=1)
+    return _run(fed_N2BTG.flatten(0, 1).transpose(1, 2).contiguous(), w_hh_N2GH, bias_n_N2H, lengths)
+
+
+def states_of(
+    x_NBTW: Tensor,
+    w_ih_N2GW: Tensor,
+    bias_N2G: Tensor,
+    w_hh_N2GH: Tensor,
+    bias_n_N2H: Tensor | None,
+    lengths: Tensor | None,
+) -> Tensor:
+    """The same from sequences of each lens's own: a product that gives step after step what the gates are fed.
+
+    Computed in the type of `x_NBTW`; the weights are cast to it.
+    """
+    dtype = x_NBTW.dtype
+    x_N2BTW = torch.stack([x_NBTW, x_NBTW.flip(2)], dim=1)
+    x_MTBW = x_N2BTW.flatten(0, 1).transpose(1, 2)
+    factors = x_MTBW.flatten(1, 2), w_ih_N2GW.flatten(0, 1).to(dtype).transpose(1, 2)
+    fed_MSG = torch.baddbmm(bias_N2G.flatten(0, 1).unsqueeze(1).to(dtype), *factors)
+    return _run(fed_MSG.unflatten(1, x_MTBW.shape[1:3]), w_hh_N2GH, bias_n_N2H, lengths)
+
+
+def _run(fed_MTBG: Tensor, w_hh_N2GH: Tensor, bias_n_N2H: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """Last states from what the gates are fed, step after step; the LSTM overwrites it."""
+    num_lenses = len(w_hh_N2GH)
+    steps, w_hh_MGH = _steps(fed_MTBG, lengths), w_hh_N2GH.to(fed_MTBG.dtype).flatten(0, 1)
     if bias_n_N2H is None:
-        state_MBH: Any = _LSTM.apply(fed_NBT2G, w_hh_N2GH.flatten(0, 1), steps)
+        state_MBH: Any = _LSTM.apply(fed_MTBG, w_hh_MGH, steps)
     else:
-        state_MBH = _GRU.apply(fed_NBT2G, w_hh_N2GH.flatten(0, 1), bias_n_N2H.flatten(0, 1), steps)
+        state_MBH = _GRU.apply(fed_MTBG, w_hh_MGH, bias_n_N2H.float().flatten(0, 1), steps)
     return state_MBH.unflatten(0, (num_lenses, 2)).transpose(1, 2).flatten(2)
 
 
-def _steps(fed_NBT2G: Tensor, lengths: Tensor | None) -> Steps:
+def _steps(fed_MTBG: Tensor, lengths: Tensor | None) -> Steps:
     """For each step which sequences it moves, bool [M, B, 1]; None where it moves all."""
-    num_lenses, batch, num_tokens = fed_NBT2G.shape[:3]
+    num_lenses, num_tokens, batch = len(fed_MTBG) // 2, *fed_MTBG.shape[1:3]
     if lengths is None or int(lengths.min()) >= num_tokens:
         return [None] * num_tokens
     lengths_NB = lengths.view(-1, batch).expand(num_lenses, -1)
@@ -50,60 +77,43 @@ def _steps(fed_NBT2G: Tensor, lengths: Tensor | None) -> Steps:
     return steps
 
 
-def _fed(fed_NBT2G: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """What goes into either direction at a step, [N, B, G] each."""
-    return fed_NBT2G[:, :, step, 0], fed_NBT2G[:, :, fed_NBT2G.shape[2] - 1 - step, 1]
-
-
-def _add_fed(fed_NBT2G: Tensor, step: int, recurred_MBG: Tensor, out: Tensor) -> Tensor:
-    for direction, fed_NBG in enumerate(_fed(fed_NBT2G, step)):
-        torch.add(recurred_MBG[direction::2], fed_NBG, out=out[direction::2])
-    return out
-
-
-def _by_token(steps_MTBG: Tensor) -> Tensor:
-    """What stands by step, by token: [N, B, T, 2, G]."""
-    lenses, (tokens, batch, gates) = len(steps_MTBG) // 2, steps_MTBG.shape[1:]
-    # In the order of the tokens from the start: the product with the inputs that follows takes it without a copy.
-    found_NBT2G = steps_MTBG.new_empty(lenses, batch, tokens, 2, gates)
-    found_NBT2G[..., 0, :] = steps_MTBG[0::2].transpose(1, 2)
-    for step in range(tokens):
-        found_NBT2G[:, :, tokens - 1 - step, 1] = steps_MTBG[1::2, step]
-    return found_NBT2G
-
-
 def _weight_gradient(grad_MTBG: Tensor, before_MTBH: Tensor) -> Tensor:
     """Gradient of the recurrent weights: every gate's gradient with the state before it, summed over steps at once."""
     return torch.bmm(grad_MTBG.flatten(1, 2).transpose(1, 2), before_MTBH.flatten(1, 2))
 
 
 class _LSTM(Function):
+    """Overwrites what it is fed with the gates: nothing else holds it, and no backward pass before it needs it."""
+
     @staticmethod
-    def forward(ctx: Any, fed_NBT2G: Tensor, w_hh_MGH: Tensor, steps: Steps) -> Tensor:
-        (lenses, batch, tokens), units = fed_NBT2G.shape[:3], w_hh_MGH.shape[-1]
+    def forward(ctx: Any, fed_MTBG: Tensor, w_hh_MGH: Tensor, steps: Steps) -> Tensor:
+        (num, tokens, batch), units = fed_MTBG.shape[:3], w_hh_MGH.shape[-1]
         training = any(ctx.needs_input_grad)
         kept, states = (tokens, tokens + 1) if training else (1, 1)  # only the way back needs every step
+        gates_all = fed_MTBG.detach()
 
-        def room(slots: int, size: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(2 * lenses, slots, batch, size, dtype=dtype, device=fed_NBT2G.device)
+        def room(slots: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(num, slots, batch, units, dtype=dtype, device=fed_MTBG.device)
 
-        gates_all, squashed_all = room(kept, 4 * units, fed_NBT2G.dtype), room(kept, units, fed_NBT2G.dtype)
-        hidden_all = room(states, units, fed_NBT2G.dtype)
-        cell_all = room(states, units, torch.float32)  # a sum over all steps: bfloat16 would lose the small terms
+        squashed_all, hidden_all = room(kept, fed_MTBG.dtype), room(states, fed_MTBG.dtype)
+        cell_all = room(states, torch.float32)  # a sum over all steps: bfloat16 would lose the small terms
         hidden_all[:, 0], cell_all[:, 0] = 0, 0
         for step, moves in enumerate(steps):
             now, after = (step, step + 1) if training else (0, 0)
             hidden, cell = hidden_all[:, now], cell_all[:, now]
-            gates = _add_fed(fed_NBT2G, step, torch.bmm(hidden, w_hh_MGH.transpose(1, 2)), gates_all[:, now])
+            gates = gates_all[:, step].baddbmm_(hidden, w_hh_MGH.transpose(1, 2))
             gates[..., : 2 * units].sigmoid_()
             gates[..., 2 * units : 3 * units].tanh_()
             gates[..., 3 * units :].sigmoid_()
             put, keep, new, out = gates.chunk(4, dim=-1)
             next_cell = torch.addcmul(cell * keep, put.float(), new.float())
             squashed = squashed_all[:, now].copy_(next_cell).tanh_()
-            next_hidden = out * squashed
-            cell_all[:, after] = next_cell if moves is None else torch.where(moves, next_cell, cell)
-            hidden_all[:, after] = next_hidden if moves is None else torch.where(moves, next_hidden, hidden)
+            if moves is None:
+                cell_all[:, after] = next_cell
+                torch.mul(out, squashed, out=hidden_all[:, after])
+            else:
+                cell_all[:, after] = torch.where(moves, next_cell, cell)
+                hidden_all[:, after] = torch.where(moves, out * squashed, hidden)
         if training:
             ctx.save_for_backward(w_hh_MGH, gates_all, squashed_all, hidden_all, cell_all)
             ctx.steps = steps
@@ -114,42 +124,49 @@ class _LSTM(Function):
         w_hh_MGH, gates_all, squashed_all, hidden_all, cell_all = ctx.saved_tensors
         d_hidden, dtype = grads[0], gates_all.dtype
         d_cell = torch.zeros_like(d_hidden)
-        d_all = torch.empty_like(gates_all)
+        # What does not hang on the way back is computed for all steps together; then, step by step, d_all is finished.
+        d_all, through_all = _slopes(gates_all, squashed_all, cell_all[:, :-1].to(dtype))
+        keep_all = gates_all.chunk(4, dim=-1)[1]
         for step in range(len(ctx.steps) - 1, -1, -1):
-            moves, gates, squashed = ctx.steps[step], gates_all[:, step], squashed_all[:, step]
-            put, keep, new, out = gates.chunk(4, dim=-1)
-            d_short = d_hidden.to(dtype)
-            d_next = torch.addcmul(d_cell, (d_short * out).float(), (1 - squashed * squashed).float())
-            d_next_short = d_next.to(dtype)
-            d_gates = d_all[:, step]
-            d_put, d_keep, d_new, d_out = d_gates.chunk(4, dim=-1)
-            torch.mul(d_next_short, new, out=d_put)
-            torch.mul(d_next_short, cell_all[:, step].to(dtype), out=d_keep)
-            torch.mul(d_next_short, put * (1 - new * new), out=d_new)
-            torch.mul(d_short, squashed, out=d_out)
-            for part in (slice(0, 2 * out.shape[-1]), slice(3 * out.shape[-1], None)):
-                d_gates[..., part] *= gates[..., part] * (1 - gates[..., part])
-            d_kept = d_next * keep
+            moves, d_gates = ctx.steps[step], d_all[:, step]
+            d_next = torch.addcmul(d_cell, d_hidden, through_all[:, step].float())
+            by_gate = d_gates.unflatten(-1, (4, -1))
+            by_gate[..., :3, :].mul_(d_next.to(dtype).unsqueeze(-2))
+            by_gate[..., 3, :].mul_(d_hidden.to(dtype))
+            d_kept = d_next * keep_all[:, step]
             if moves is not None:
                 d_gates *= moves
                 d_kept = torch.where(moves, d_kept, d_cell)
             d_before = torch.bmm(d_gates, w_hh_MGH).float()
             d_hidden = d_before if moves is None else torch.where(moves, d_before, d_hidden)
             d_cell = d_kept
-        return _by_token(d_all), _weight_gradient(d_all, hidden_all[:, :-1]), None
+        return d_all, _weight_gradient(d_all, hidden_all[:, :-1]), None
+
+
+def _slopes(gates_all: Tensor, squashed_all: Tensor, cell_all: Tensor) -> tuple[Tensor, Tensor]:
+    """How the cell hangs on what i, f and g are fed and the hidden state on what o is fed; the latter on the cell."""
+    put, _, new, out = gates_all.chunk(4, dim=-1)
+    slopes = 1 - gates_all
+    slopes *= gates_all  # of i, f and o; g is a tanh
+    by_put, by_keep, by_new, by_out = slopes.chunk(4, dim=-1)
+    by_put *= new
+    by_keep *= cell_all
+    torch.mul(put, 1 - new * new, out=by_new)
+    by_out *= squashed_all
+    return slopes, out * (1 - squashed_all * squashed_all)
 
 
 class _GRU(Function):
     @staticmethod
-    def forward(ctx: Any, fed_NBT2G: Tensor, w_hh_MGH: Tensor, bias_n_MH: Tensor, steps: Steps) -> Tensor:
-        (lenses, batch), units = fed_NBT2G.shape[:2], w_hh_MGH.shape[-1]
-        hidden = torch.zeros(2 * lenses, batch, units, device=fed_NBT2G.device)
+    def forward(ctx: Any, fed_MTBG: Tensor, w_hh_MGH: Tensor, bias_n_MH: Tensor, steps: Steps) -> Tensor:
+        (num, _, batch), units = fed_MTBG.shape[:3], w_hh_MGH.shape[-1]
+        hidden = torch.zeros(num, batch, units, device=fed_MTBG.device)
         bias_M1H, kept = bias_n_MH.unsqueeze(1), list[tuple[Tensor, ...]]()
         for step, moves in enumerate(steps):
-            recurred = torch.bmm(hidden.to(fed_NBT2G.dtype), w_hh_MGH.transpose(1, 2)).float()
+            recurred = torch.bmm(hidden.to(fed_MTBG.dtype), w_hh_MGH.transpose(1, 2)).float()
             inner = recurred[..., 2 * units :] + bias_M1H
             recurred[..., 2 * units :] = 0
-            fed = _add_fed(fed_NBT2G, step, recurred, recurred)
+            fed = recurred.add_(fed_MTBG[:, step])
             reset, update = fed[..., : 2 * units].sigmoid().chunk(2, dim=-1)
             new = torch.addcmul(fed[..., 2 * units :], reset, inner).tanh_()
             if any(ctx.needs_input_grad):
@@ -157,7 +174,7 @@ class _GRU(Function):
             next_hidden = torch.lerp(new, hidden, update)
             hidden = next_hidden if moves is None else torch.where(moves, next_hidden, hidden)
         ctx.save_for_backward(w_hh_MGH)
-        ctx.steps, ctx.kept, ctx.dtype = steps, kept, fed_NBT2G.dtype
+        ctx.steps, ctx.kept, ctx.dtype = steps, kept, fed_MTBG.dtype
         return hidden
 
     @staticmethod
@@ -180,4 +197,4 @@ class _GRU(Function):
             d_hidden = d_before if moves is None else torch.where(moves, d_before, d_hidden)
         d_fed, d_recurred = (torch.stack(parts[::-1], dim=1) for parts in (fed_all, recurred_all))
         before_all = torch.stack([kept[0].to(dtype) for kept in ctx.kept], dim=1)
-        return _by_token(d_fed), _weight_gradient(d_recurred, before_all), d_bias_MH, None
+        return d_fed, _weight_gradient(d_recurred, before_all), d_bias_MH, None

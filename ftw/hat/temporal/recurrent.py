@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftw.hat.temporal.recurrence import final_states
-from ftw.hat.temporal.sequence import SequenceHead, token_product, uniform
+from ftw.hat.temporal.recurrence import final_states, states_of
+from ftw.hat.temporal.sequence import SequenceHead, read_in, token_product, uniform
 
 GATES = {"lstm": 4, "gru": 3}
 
@@ -46,11 +46,19 @@ class RecurrentHead(SequenceHead):
     def step_bytes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] (as above)
         return self.w_hh[:1].numel() * self.w_hh.element_size() if self.num_lenses else 0
 
+    def forward(self, x_BW: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        if x_BW.ndim < 4:
+            return super().forward(x_BW, lengths_B)
+        x_NBTW = x_BW.to(read_in(x_BW, self.w_ih))
+        return self._decide(states_of(x_NBTW, self.w_ih, self.bias, self.w_hh, self.bias_n, lengths_B))
+
     def tokens(self, x: Tensor) -> Tensor:
         return fed_tokens(x, self.w_ih, self.bias)
 
     def pooled(self, tokens_NBTF: Tensor, lengths: Tensor | None = None) -> Tensor:
-        state_NBH = last_states(tokens_NBTF, self.w_hh, self.bias_n, lengths)
+        return self._decide(last_states(tokens_NBTF, self.w_hh, self.bias_n, lengths))
+
+    def _decide(self, state_NBH: Tensor) -> Tensor:
         state_NBH = torch.nn.functional.dropout(state_NBH, self.dropout, self.training)
         return torch.einsum("nbh,nh->bn", state_NBH, self.w_out.float()) + self.b_out
 
@@ -75,9 +83,7 @@ def fed_tokens(x: Tensor, w_ih_N2GW: Tensor, bias_N2G: Tensor) -> Tensor:
 
 def last_states(fed_NBTF: Tensor, w_hh_N2GH: Tensor, bias_n_N2H: Tensor | None, lengths: Tensor | None) -> Tensor:
     """Last states of both directions, [N, B, 2H] in float32."""
-    fed_NBT2G = fed_NBTF.unflatten(-1, (2, -1))
-    bias_n = None if bias_n_N2H is None else bias_n_N2H.float()
-    return final_states(fed_NBT2G, w_hh_N2GH.to(fed_NBTF.dtype), bias_n, lengths)
+    return final_states(fed_NBTF.unflatten(-1, (2, -1)), w_hh_N2GH, bias_n_N2H, lengths)
 
 
 def from_torch(module: nn.LSTM | nn.GRU, w_out_H: Tensor, b_out: Tensor) -> RecurrentHead:

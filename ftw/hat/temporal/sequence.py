@@ -86,7 +86,7 @@ def token_product(x: Tensor, weight_NFW: Tensor, bias_NF: Tensor | None = None) 
 
     Computed in bfloat16 if either side is.
     """
-    dtype = torch.bfloat16 if torch.bfloat16 in (x.dtype, weight_NFW.dtype) else torch.float32
+    dtype = read_in(x, weight_NFW)
     x, weight_NFW = x.to(dtype), weight_NFW.to(dtype)
     if x.ndim == 4:
         factors = x.flatten(1, 2), weight_NFW.transpose(1, 2)
@@ -95,6 +95,11 @@ def token_product(x: Tensor, weight_NFW: Tensor, bias_NF: Tensor | None = None) 
     bias_M = None if bias_NF is None else bias_NF.flatten().to(dtype)
     product_BTM = torch.nn.functional.linear(x, weight_NFW.flatten(0, 1), bias_M)
     return product_BTM.unflatten(-1, weight_NFW.shape[:2]).permute(2, 0, 1, 3)
+
+
+def read_in(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What states and weights are multiplied in: bfloat16 if either is."""
+    return torch.bfloat16 if torch.bfloat16 in (x.dtype, weight.dtype) else torch.float32
 
 
 def beyond(lengths: Tensor | None, num_tokens: int) -> Tensor | None:

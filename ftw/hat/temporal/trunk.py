@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ftw.hat.temporal.recurrence import states_of
 from ftw.hat.temporal.recurrent import fed_tokens, last_states
-from ftw.hat.temporal.sequence import uniform
+from ftw.hat.temporal.sequence import read_in, uniform
 
 
 class Trunk(nn.Module):
@@ -32,7 +33,9 @@ class Trunk(nn.Module):
 
     def forward(self, x_BTLW: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Last states of both directions on every layer, [B, L, Z] in float32."""
-        return self.pooled(self.tokens(x_BTLW), lengths_B)
+        x_LBTW = x_BTLW.permute(2, 0, 1, 3)
+        x_LBTW = x_LBTW.to(read_in(x_LBTW, self.w_ih))
+        return states_of(x_LBTW, self.w_ih, self.bias, self.w_hh, None, lengths_B).transpose(0, 1)
 
     def tokens(self, x_BTLW: Tensor) -> Tensor:
         """What each token gives to the gates: [L, B, T, 2G]."""

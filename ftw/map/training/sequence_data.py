@@ -84,15 +84,24 @@ class SequencePool:
 
 
 def build_sequence_pool(
-    encyclopedia: Encyclopedia, *, folds: int, basis_rank: int, seed: int, split: str = "train"
+    encyclopedia: Encyclopedia,
+    *,
+    folds: int,
+    basis_rank: int,
+    seed: int,
+    split: str = "train",
+    layers: Sequence[int] = (),
 ) -> SequencePool:
     """Read the answers of a split; those to negated prompts, and empty ones, are not used.
+
+    Args:
+        layers: some of the encyclopedia's; empty: all.
 
     Raises:
         DataError: there are none, or a concept has one class only.
         EncyclopediaError: the encyclopedia keeps no token states.
     """
-    table, layers = encyclopedia.table, encyclopedia.spec.layers
+    table, layers = encyclopedia.table, tuple(layers) or encyclopedia.spec.layers
     rows = table.where(split)
     if not len(rows):
         raise DataError(f"no answers of split {split!r}; collect with: ftw collect data=sequences")
