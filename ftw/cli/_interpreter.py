@@ -22,7 +22,7 @@ from ftw.map.estimate import estimate
 from ftw.map.interpreter_figures import SYSTEM, confusions, figures, most_confused
 from ftw.map.training.interpreter import InterpreterFit, read_logits, train_interpreter
 from ftw.map.training.interpreter_baselines import baselines
-from ftw.map.training.interpreter_data import TEST, InterpreterRows, read_rows
+from ftw.map.training.interpreter_data import TEST, InterpreterRows, read_rows, with_further
 from ftw.ui.interpreter import confusion_picture, figures_table
 from ftw.ui.steps import Steps
 
@@ -56,7 +56,10 @@ def interpreter_run(job: TrainJob, run_steps: Steps, *, folder: Path) -> Trained
         encyclopedia = collect(substrate, made.table, config)
         step.note(f"{len(made.table):,} texts, layers {', '.join(map(str, encyclopedia.spec.layers))}")
     with encyclopedia:
-        rows = read_rows(encyclopedia, pools=config.pools).with_validation(job.seed)
+        rows = read_rows(encyclopedia, pools=job.map.interpreter.pools).with_validation(job.seed)
+    if made.further is not None and job.model.similarity:
+        with run_steps.step("Collect states of further concepts"), collect(substrate, made.further, config) as more:
+            rows = with_further(rows, more)
     tree, loggers = tree_of(made), list[Logger]()
     with run_steps.step("Train and calibrate") as step, loggers_closed():
 

@@ -21,13 +21,14 @@ from ftw.ui.steps import Steps
 
 @dataclass
 class Samples:
-    """A table with the concepts it is about (None for labelled data), what a reader must be told, and the concepts'
-    categories where there are any."""
+    """A table with the concepts it is about (None for labelled data), what a reader must be told, the concepts'
+    categories where there are any, and texts about further concepts for a similarity."""
 
     table: SampleTable
     concepts: ConceptPack | None
     lines: list[str]
     categories: Mapping[str, str] = field(default_factory=dict)
+    further: SampleTable | None = None
 
 
 def samples(job: Any, substrate: Substrate | None, sources: Sources, *, concepts: ConceptPack | None = None) -> Samples:
@@ -53,7 +54,7 @@ def samples(job: Any, substrate: Substrate | None, sources: Sources, *, concepts
         sources.fetch("wikipedia-leads")
         made = describe_concepts(wordnet, data, job.seed, substrate=substrate)
         lines = [f"{len(made.concepts)} concepts in {len(set(made.categories.values()))} categories"]
-        return Samples(made.table, made.concepts, [*lines, *describe(made.table)], made.categories)
+        return Samples(made.table, made.concepts, [*lines, *describe(made.table)], made.categories, made.further)
     if isinstance(data, SequencesConfig):
         pack = concepts or sources.concepts(job.concepts)
         wordnet = WordNet.open(sources.fetch("wordnet-3.0").folder)

@@ -7,7 +7,9 @@ since the states carry that themselves. So the answer does not depend on the ord
 
 1. Standardise each state by its slot, project it to the interpreter's width, add the slot's own vector.
 2. Put a learnt query before them; encode all with pre-norm transformer blocks (Xiong et al. 2020).
-3. The query's output, normed, gives a logit for every concept; with a tree, for every node of it.
+3. The query's output, normed, and the mean of the projected states together give a logit for every concept; with a
+   tree, for every node of it.
+4. With a similarity head it also gives an embedding; how near that lies to each concept's prototype adds to the logits.
 
 Axes: B batch, T tokens (states), J slots, D model width of the substrate, W width, C concepts, K named nodes, Z width
 of the similarity embedding.
@@ -94,6 +96,8 @@ class Interpreter(nn.Module):
     center_JD: Tensor
     scale_JD: Tensor
     temperature: Tensor
+    prototypes_CZ: Tensor
+    mix: Tensor
 
     def __init__(
         self,
@@ -135,6 +139,8 @@ class Interpreter(nn.Module):
         )
         self.output = nn.Linear(width, tree.num_nodes if config.hierarchical and tree else len(names))
         self.similarity = nn.Linear(width, config.similarity) if config.similarity else None
+        self.register_buffer("prototypes_CZ", torch.zeros(len(names) if config.similarity else 0, config.similarity))
+        self.register_buffer("mix", torch.zeros(()))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -152,10 +158,11 @@ class Interpreter(nn.Module):
             SubstrateError: states of another width, or as many slots as there are no tokens.
         """
         encoded_BW = self.encode(x_BTD, slots_T=slots_T, mask_BT=mask_BT)
-        similarity_BZ = None
+        logits_BC, similarity_BZ = self.logits(encoded_BW), None
         if self.similarity is not None:
             similarity_BZ = nn.functional.normalize(self.similarity(encoded_BW).float(), dim=-1)
-        return Interpreted(self.logits(encoded_BW), similarity_BZ)
+            logits_BC = logits_BC + self.mix * (similarity_BZ @ self.prototypes_CZ.T)
+        return Interpreted(logits_BC, similarity_BZ)
 
     def encode(self, x_BTD: Tensor, *, slots_T: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
         """What the query has gathered, [B, W] (see `forward`)."""
@@ -173,7 +180,11 @@ class Interpreter(nn.Module):
         query_B1W = self.query.expand(len(x_BTD), 1, -1).to(tokens_BTW.dtype)
         padding_BT = None if mask_BT is None else nn.functional.pad(~mask_BT, (1, 0), value=False)
         encoded_BTW = self.encoder(torch.cat([query_B1W, tokens_BTW], dim=1), src_key_padding_mask=padding_BT)
-        return encoded_BTW[:, 0]
+        # What a linear reader would see stands beside what attention has found: it is learnt in a few steps.
+        if mask_BT is None:
+            return encoded_BTW[:, 0] + tokens_BTW.mean(1)
+        there_BT1 = mask_BT.unsqueeze(-1).to(tokens_BTW.dtype)
+        return encoded_BTW[:, 0] + (tokens_BTW * there_BT1).sum(1) / there_BT1.sum(1).clamp_min(1)
 
     def _projected(self, x_BTD: Tensor, slots_T: Tensor) -> Tensor:
         """Every token through the projection of its slot, [B, T, W]."""

@@ -50,6 +50,8 @@ class DescriptionsConfig:
         contexts: everyday sentences with a lemma, for each concept, to train on. held_out_contexts: to judge on.
         neighbours: glosses of concepts right below, lemmas taken out, for each concept.
         written: texts that the substrate writes about each concept, told its name and what kind of thing it is.
+        further: nouns beside these, each with its gloss, and its article if it has one: what a similarity is trained
+            on, and nothing is judged by.
         sentences: single sentences of an article that is trained on, beside its lead.
         max_characters: longer texts end at their last sentence before this.
         max_new_tokens, temperature: of the substrate's own texts.
@@ -61,6 +63,7 @@ class DescriptionsConfig:
     held_out_contexts: int = 2
     neighbours: int = 3
     written: int = 0
+    further: int = 0
     sentences: int = 3
     max_characters: int = 450
     max_new_tokens: int = 48
@@ -90,11 +93,12 @@ class _Held:
 
 @dataclass
 class Descriptions:
-    """What `describe` makes: the concepts, the table, and the category of each concept."""
+    """What `describe` makes: the concepts, the table, the category of each concept, and a table of further concepts."""
 
     concepts: ConceptPack
     table: SampleTable
     categories: Mapping[str, str] = field(default_factory=dict)
+    further: SampleTable | None = None
 
 
 def describe(
@@ -134,7 +138,8 @@ def describe(
             row = builder.text(text.text, group=text.group, split=split, source=text.source, columns=columns)
             builder.mark(row, named[one.synset.name], 1)
     categories = {named[one.synset.name]: one.synset.lexname.partition(".")[2] for one in chosen}
-    return Descriptions(pack, _without_leaks(builder.build()), categories)
+    table = _without_leaks(builder.build())
+    return Descriptions(pack, table, categories, _further(wordnet, found, chosen, table, config, seed))
 
 
 def choose_described(wordnet: WordNet, articles: Sequence[Article], num: int, seed: int) -> list[Described]:
@@ -143,6 +148,14 @@ def choose_described(wordnet: WordNet, articles: Sequence[Article], num: int, se
     Raises:
         DataError: there are fewer.
     """
+    found = _described(wordnet, articles)
+    if num > len(found):
+        raise DataError(f"data.num={num}, but {len(found)} nouns have both a gloss and an article; choose at most that")
+    return sorted(_ranked(found, seed)[:num], key=lambda one: one.synset.name)
+
+
+def _described(wordnet: WordNet, articles: Sequence[Article]) -> dict[str, Described]:
+    """The nouns that have both, by synset."""
     found: dict[str, Described] = {}
     for article in articles:
         senses = title_senses(article, wordnet)
@@ -152,14 +165,72 @@ def choose_described(wordnet: WordNet, articles: Sequence[Article], num: int, se
         # Names of single things (rivers, people) have an article and hardly a gloss.
         if any(lemma == lemma.lower() for lemma in synset.lemmas):
             found.setdefault(synset.name, Described(synset, article))
-    if num > len(found):
-        raise DataError(f"data.num={num}, but {len(found)} nouns have both a gloss and an article; choose at most that")
-    ranked = sorted(found.values(), key=lambda one: (_digest(seed, "concept", one.synset.name), one.synset.name))
-    return sorted(ranked[:num], key=lambda one: one.synset.name)
+    return found
+
+
+def _ranked(found: Mapping[str, Described], seed: int) -> list[Described]:
+    return sorted(found.values(), key=lambda one: (_digest(seed, "concept", one.synset.name), one.synset.name))
+
+
+def _further(
+    wordnet: WordNet,
+    articles: Sequence[Article],
+    chosen: Sequence[Described],
+    table: SampleTable,
+    config: DescriptionsConfig,
+    seed: int,
+) -> SampleTable | None:
+    """Texts of other nouns, those with an article first; none that is held out, or about one of the chosen."""
+    if not config.further:
+        return None
+    taken = {one.synset.name for one in chosen}
+    known = {name: one for name, one in _described(wordnet, articles).items() if name not in taken}
+    pairs: list[tuple[Synset, Article | None]] = [*_ranked(known, seed)]
+    taken |= known.keys()
+    others = [name for name in wordnet.names("n") if name not in taken]
+    for place in _random(seed, "further").permutation(len(others)):
+        if len(pairs) >= config.further:
+            break
+        synset = wordnet.synset(others[place])
+        # Rare names (of plants, of places) say little; a word's first sense is what a reader takes it for.
+        if synset.lemmas[0] == synset.lemmas[0].lower() and wordnet.synsets(synset.lemmas[0])[0].name == synset.name:
+            pairs.append((synset, None))
+    pairs = pairs[: config.further]
+    held = {_plain(text) for text, split in zip(table.texts, table.splits, strict=True) if split == "test"}
+    builder = SampleTableBuilder([synset.name for synset, _ in pairs])
+    for synset, article in pairs:
+        for text in _about(wordnet, synset, article, config, seed):
+            if _plain(text.text) not in held:
+                row = builder.text(text.text, group=text.group, split="train", source=text.source)
+                builder.mark(row, synset.name, 1)
+    return builder.build()
+
+
+def _about(
+    wordnet: WordNet, synset: Synset, article: Article | None, config: DescriptionsConfig, seed: int
+) -> Iterator[_Text]:
+    """Name, one everyday sentence, and descriptions without the name."""
+    lemmas = [*synset.lemmas, *([article.title] if article else [])]
+    yield _Text(synset.lemmas[0], "term", "term")
+    number = int(_random(seed, "context", synset.name).integers(len(CONTEXTS) - HELD_OUT_CONTEXTS))
+    yield _in_context(wordnet, synset.name, number)
+    gloss = without_lemmas(cut(synset.definition, config.max_characters), lemmas)
+    yield _Text(gloss, f"gloss: {synset.name}", "definition")
+    if article is not None:
+        text = without_lemmas(cut(article.text, config.max_characters), lemmas)
+        yield _Text(text, f"article: {article.title}", "article")
 
 
 def _check(config: DescriptionsConfig, substrate: Substrate | None) -> None:
-    least = {"num": 2, "contexts": 0, "held_out_contexts": 1, "neighbours": 0, "written": 0, "sentences": 0}
+    least = {
+        "num": 2,
+        "contexts": 0,
+        "held_out_contexts": 1,
+        "neighbours": 0,
+        "written": 0,
+        "sentences": 0,
+        "further": 0,
+    }
     for name, value in least.items():
         if getattr(config, name) < value:
             raise ConfigError(f"data.{name}={getattr(config, name)}: must be at least {value}")

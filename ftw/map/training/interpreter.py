@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ftw.errors import DataError
 from ftw.hat.concept_tree import ConceptTree
-from ftw.hat.interpreter import Interpreter, InterpreterConfig, calibrated, confidence
+from ftw.hat.interpreter import Interpreted, Interpreter, InterpreterConfig, calibrated, confidence
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.training.callbacks import quiet_lightning, quiet_trainer
 from ftw.map.training.fit import fitting
@@ -29,6 +29,7 @@ from ftw.substrate.taps import cpu_has_bfloat16
 EPOCHS = 12
 TEMPERATURES = torch.logspace(-1, 1, 81)
 READ_AT_ONCE = 1024
+MIXES = (0.0, 2.0, 5.0, 10.0, 20.0, 40.0)  # of the cosine to a prototype, beside the logits
 
 
 @dataclass(kw_only=True)
@@ -87,7 +88,8 @@ def train_interpreter(
     if isinstance(rows, Encyclopedia):
         rows = read_rows(rows)
     rows = rows.with_validation(config.seed)
-    data = InterpreterDataModule(rows, batch=config.training.batch, seed=config.seed)
+    similar = config.model.similarity > 0 and config.training.contrast > 0
+    data = InterpreterDataModule(rows, batch=config.training.batch, seed=config.seed, further=similar)
     task = build_task(rows, config, tree)
     made = callbacks()
     built = trainer(made) if trainer else _trainer(config.epochs, made)
@@ -95,8 +97,10 @@ def train_interpreter(
         built.fit(task, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
     interpreter = task.best if data.validated else task.interpreter
     interpreter = interpreter.cpu().eval().requires_grad_(False)
+    if similar:
+        interpreter.prototypes_CZ.copy_(prototypes(interpreter, rows.select(rows.where(TRAIN))))
     if data.validated:
-        interpreter.temperature.copy_(fit_temperature(interpreter, rows.select(data.dev_rows)))
+        calibrate(interpreter, rows.select(data.dev_rows))
     if folder is not None and built.is_global_zero:
         interpreter.save(folder)
     return interpreter
@@ -137,37 +141,57 @@ def _trainer(epochs: int, callbacks: list[pl.Callback]) -> pl.Trainer:
     return quiet_trainer(epochs, callbacks=callbacks, precision=mixed_precision(), gradient_clip_val=1.0)
 
 
-@torch.no_grad()
 def read_logits(interpreter: Interpreter, rows: InterpreterRows) -> Tensor:
     """Logits of all rows, float32 [S, C] on the CPU."""
-    device, parts = interpreter.query.device, []
-    slots_T = None
+    starts = range(0, len(rows), READ_AT_ONCE)
+    parts = [rows.select(np.arange(start, min(start + READ_AT_ONCE, len(rows)))) for start in starts]
+    logits = [_read(interpreter, part).logits_BC.float().cpu() for part in parts]
+    return torch.cat(logits) if logits else torch.empty(0, len(interpreter.names))
+
+
+@torch.no_grad()
+def _read(interpreter: Interpreter, rows: InterpreterRows) -> Interpreted:
+    device, slots_T, mask_BT = interpreter.query.device, None, None
     if rows.mask_ST is not None:
         slots_T = torch.zeros(rows.states_STD.shape[1], dtype=torch.long, device=device)
+        mask_BT = rows.mask_ST.to(device)
     fast = mixed_precision() == "bf16-mixed"
+    with torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext():
+        return interpreter(rows.states_STD.to(device), slots_T=slots_T, mask_BT=mask_BT)
+
+
+def prototypes(interpreter: Interpreter, rows: InterpreterRows) -> Tensor:
+    """Mean embedding of each concept's rows, of length one, [C, Z]; zero for a concept without any."""
+    sums_CZ = torch.zeros_like(interpreter.prototypes_CZ)
     for start in range(0, len(rows), READ_AT_ONCE):
-        part = slice(start, start + READ_AT_ONCE)
-        mask_BT = None if rows.mask_ST is None else rows.mask_ST[part].to(device)
-        with torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext():
-            read = interpreter(rows.states_STD[part].to(device), slots_T=slots_T, mask_BT=mask_BT)
-        parts.append(read.logits_BC.float().cpu())
-    return torch.cat(parts) if parts else torch.empty(0, len(interpreter.names))
+        part = rows.select(np.arange(start, min(start + READ_AT_ONCE, len(rows))))
+        embedded_BZ = _read(interpreter, part).similarity_BZ
+        assert embedded_BZ is not None  # asked only with a similarity head
+        sums_CZ.index_add_(0, part.labels_S, embedded_BZ.float().cpu() * part.weights.unsqueeze(1))
+    return nn.functional.normalize(sums_CZ, dim=1)
 
 
-def fit_temperature(interpreter: Interpreter, rows: InterpreterRows) -> Tensor:
-    """The temperature at which the rows are likeliest, kinds weighing the same."""
-    return softmax_temperature(read_logits(interpreter, rows), rows)
+def calibrate(interpreter: Interpreter, rows: InterpreterRows) -> None:
+    """Set the temperature, and how much the prototypes count, to what makes the rows likeliest."""
+    found = []
+    for mix in MIXES if interpreter.similarity is not None else (0.0,):
+        interpreter.mix.fill_(mix)
+        found.append((*softmax_temperature(read_logits(interpreter, rows), rows), mix))
+    _, temperature, mix = min(found)
+    interpreter.mix.fill_(mix)
+    interpreter.temperature.fill_(temperature)
 
 
-def softmax_temperature(logits_SC: Tensor, rows: InterpreterRows) -> Tensor:
-    """The temperature of some logits at which the rows' concepts are likeliest, kinds weighing the same."""
+def softmax_temperature(logits_SC: Tensor, rows: InterpreterRows) -> tuple[float, float]:
+    """The lowest loss of some logits at any temperature, and that temperature; kinds weigh the same."""
     _, kind_S, counts = np.unique(rows.kinds, return_inverse=True, return_counts=True)
     weights_S = torch.from_numpy(1 / counts[kind_S])
     losses = [
         float((nn.functional.cross_entropy(logits_SC / one, rows.labels_S, reduction="none") * weights_S).sum())
         for one in TEMPERATURES
     ]
-    return TEMPERATURES[int(np.argmin(losses))]
+    best = int(np.argmin(losses))
+    return losses[best], float(TEMPERATURES[best])
 
 
 def uncertainty(interpreter: Interpreter, rows: InterpreterRows | Encyclopedia) -> Uncertainty:

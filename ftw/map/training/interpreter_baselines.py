@@ -39,7 +39,7 @@ def baselines(rows: InterpreterRows, *, seed: int = 0) -> dict[str, np.ndarray]:
     for name, system in systems.items():
         logits_AC = system()
         if num_dev:
-            logits_AC = logits_AC / softmax_temperature(logits_AC[:num_dev], judge.rows)
+            logits_AC = logits_AC / softmax_temperature(logits_AC[:num_dev], judge.rows)[1]
         found[name] = logits_AC[num_dev:].softmax(-1).numpy()
     return found | {"chance": np.full((len(asked) - num_dev, len(rows.names)), 1 / len(rows.names), np.float32)}
 

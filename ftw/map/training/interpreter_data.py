@@ -20,7 +20,7 @@ from ftw.hat.interpreter import Slot
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.training.data import group_folds
 
-TRAIN, DEV, TEST = "train", "dev", "test"
+TRAIN, DEV, TEST, FURTHER = "train", "dev", "test", "further"
 FOLDS = 10  # of the groups, one is validation where the data name none
 
 
@@ -31,7 +31,8 @@ class InterpreterRows:
     Attributes:
         names: C concepts. slots: T kinds of state; with `mask_ST`, one kind that all tokens are of.
         states_STD: layer-normed states, float16. mask_ST: where there is a token; None: everywhere.
-        labels_S: which concept. groups: what a text was made from. parts: S of train, dev (validation) and test.
+        labels_S: which concept. groups: what a text was made from. parts: S of train, dev (validation), test, and
+            further: rows about other concepts, numbered from C on, which only a similarity is trained on.
         kinds: S words for what a row tests ("named", "unnamed"); weights_S: how much it counts in training.
         texts: what was read; may be empty strings. fingerprint: of the substrate.
     """
@@ -53,9 +54,10 @@ class InterpreterRows:
         lengths = {name: len(getattr(self, name)) for name in ("labels_S", "groups", "parts", "kinds", "texts")}
         if wrong := {name: size for name, size in lengths.items() if size != num}:
             raise DataError(f"{num} rows of states, but {', '.join(f'{size} {name}' for name, size in wrong.items())}")
-        if unknown := set(self.parts) - {TRAIN, DEV, TEST}:
-            raise DataError(f"unknown part {sorted(unknown)}; the parts are {TRAIN}, {DEV}, {TEST}")
-        if num and not 0 <= int(self.labels_S.min()) <= int(self.labels_S.max()) < len(self.names):
+        if unknown := set(self.parts) - {TRAIN, DEV, TEST, FURTHER}:
+            raise DataError(f"unknown part {sorted(unknown)}; the parts are {TRAIN}, {DEV}, {TEST}, {FURTHER}")
+        own_S = self.labels_S[torch.tensor([part != FURTHER for part in self.parts], dtype=torch.bool)]
+        if len(own_S) and not 0 <= int(own_S.min()) <= int(own_S.max()) < len(self.names):
             raise DataError(f"labels of the rows must lie in 0-{len(self.names) - 1}, one for each concept")
         if not self.states_STD.isfinite().all():
             raise DataError("states of the rows are not finite; collect again with precision=float32")
@@ -137,6 +139,29 @@ def read_rows(encyclopedia: Encyclopedia, *, pools: Sequence[str] = ("mean", "la
     )
 
 
+def with_further(rows: InterpreterRows, encyclopedia: Encyclopedia) -> InterpreterRows:
+    """The rows with those of an encyclopedia about other concepts, which only a similarity is trained on.
+
+    Raises:
+        DataError: states of another substrate. EncyclopediaError: a layer or pool that was not collected.
+    """
+    if encyclopedia.spec.fingerprint != rows.fingerprint:
+        raise DataError(f"encyclopedia {encyclopedia.name!r} holds states of another substrate; collect it anew")
+    more = read_rows(encyclopedia, pools=list(dict.fromkeys(slot.pool for slot in rows.slots)))
+    if more.slots != rows.slots:
+        raise DataError(f"encyclopedia {encyclopedia.name!r} has other layers; collect it with the same ones")
+    return replace(
+        rows,
+        states_STD=torch.cat([rows.states_STD, more.states_STD]),
+        labels_S=torch.cat([rows.labels_S, more.labels_S + len(rows.names)]),
+        weights_S=torch.cat([rows.weights, more.weights]),
+        groups=[*rows.groups, *more.groups],
+        parts=[*rows.parts, *[FURTHER] * len(more)],
+        kinds=[*rows.kinds, *[rows.kinds[0]] * len(more)],
+        texts=[*rows.texts, *more.texts],
+    )
+
+
 class InterpreterDataModule(pl.LightningDataModule):
     """Batches of the training rows, shuffled by seed and epoch alone, and of the validation rows, in order.
 
@@ -144,12 +169,13 @@ class InterpreterDataModule(pl.LightningDataModule):
 
     Args:
         rows: with a dev part if there is to be validation. batch: rows of a step, over all ranks.
+        further: whether rows about further concepts are among the training rows.
 
     Raises:
-        DataError: fewer than two training rows for a rank.
+        DataError: no training rows, or fewer than ranks.
     """
 
-    def __init__(self, rows: InterpreterRows, *, batch: int, seed: int = 0) -> None:
+    def __init__(self, rows: InterpreterRows, *, batch: int, seed: int = 0, further: bool = False) -> None:
         super().__init__()
         if batch < 1:
             raise ConfigError(f"map.interpreter.batch={batch}: choose 1 row or more")
@@ -157,6 +183,8 @@ class InterpreterDataModule(pl.LightningDataModule):
         self.train_rows, self.dev_rows = rows.where(TRAIN), rows.where(DEV)
         if not len(self.train_rows):
             raise DataError("no training rows; give rows of the part 'train'")
+        if further:
+            self.train_rows = np.concatenate([self.train_rows, rows.where(FURTHER)])
 
     @property
     def validated(self) -> bool:
@@ -214,10 +242,10 @@ class _Rows(Dataset):
     def __init__(self, rows: InterpreterRows, *, seed: int) -> None:
         self._rows, self._seed = rows, seed
         self._kinds = {kind: number for number, kind in enumerate(sorted(set(rows.kinds)))}
-        train = rows.where(TRAIN)
+        train = np.concatenate([rows.where(TRAIN), rows.where(FURTHER)])
         labels = rows.labels_S.numpy()
         self._of_concept = train[np.argsort(labels[train], kind="stable")]
-        counts = np.bincount(labels[train], minlength=len(rows.names))
+        counts = np.bincount(labels[train], minlength=int(labels.max()) + 1)
         self._counts, self._first = counts, np.concatenate([[0], np.cumsum(counts)[:-1]])
         self._place = np.zeros(len(rows), dtype=np.int64)
         self._place[self._of_concept] = np.arange(len(train)) - np.repeat(self._first, counts)

@@ -11,7 +11,7 @@ Axes: B rows of this rank's batch, A rows of all ranks, T tokens, D model width,
 
 import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
@@ -37,7 +37,7 @@ class InterpreterTrainingConfig:
         noise: standard deviation of what is added to the standardised states in training.
         sampled: 0 takes the loss over all concepts; above, over those of the batch and so many others.
         contrast: weight of the contrastive term, for interpreters with a similarity head. sharpness: of its softmax.
-        baselines: whether a linear softmax, nearest means and TF-IDF are set beside it.
+        pools: states of a text that are read at each layer. baselines: whether a linear softmax, nearest means and TF-IDF are set beside it.
     """
 
     batch: int = 256
@@ -50,6 +50,7 @@ class InterpreterTrainingConfig:
     sampled: int = 0
     contrast: float = 0.3
     sharpness: float = 10.0
+    pools: list[str] = field(default_factory=lambda: ["mean", "last"])
     baselines: bool = True
 
     def check(self) -> None:
@@ -94,8 +95,10 @@ class InterpreterTask(pl.LightningModule):
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
             encoded_BW = self._encode(batch["states"], batch["mask"])
-            losses_B = self._entropy(encoded_BW, batch["labels"])
-            loss = self._over_all(losses_B * batch["weights"], batch)
+            # Rows about further concepts, which the interpreter does not tell apart, train the similarity alone.
+            own_B = batch["labels"] < len(self.interpreter.names)
+            losses_B = self._entropy(encoded_BW, batch["labels"].masked_fill(~own_B, 0))
+            loss = self._over_all(losses_B * batch["weights"] * own_B, batch)
             self.log(
                 "train/loss", loss.detach(), on_epoch=True, on_step=False, batch_size=len(losses_B), sync_dist=True
             )

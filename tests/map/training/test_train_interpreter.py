@@ -14,6 +14,7 @@ from ftw.hat.concept_tree import ConceptTree
 from ftw.hat.interpreter import Interpreter
 from ftw.map.training.callbacks import quiet_trainer
 from ftw.map.training.interpreter import InterpreterFit, read_logits, train_interpreter, uncertainty
+from ftw.map.training.interpreter_baselines import baselines
 from ftw.map.training.interpreter_data import InterpreterDataModule, InterpreterRows
 from ftw.map.training.interpreter_task import InterpreterTrainingConfig
 
@@ -163,3 +164,41 @@ def test_rows_that_cannot_be_are_refused() -> None:
         train_interpreter(rows, InterpreterFit(training=InterpreterTrainingConfig(warmup=1.5)))
     with pytest.raises(DataError, match="other concepts"):
         uncertainty(train_interpreter(rows, toy_fit(epochs=1)), toy_rows(num_concepts=5))
+
+
+def test_rows_about_further_concepts_train_the_similarity_and_nothing_is_asked_about_them() -> None:
+    rows = toy_rows(num_concepts=9)
+    further = [part == "train" and label >= 6 for part, label in zip(rows.parts, rows.labels_S, strict=True)]
+    kept = np.flatnonzero([mine or label < 6 for mine, label in zip(further, rows.labels_S, strict=True)])
+    parts = ["further" if mine else part for mine, part in zip(further, rows.parts, strict=True)]
+    rows = replace(rows, parts=parts).select(kept)
+    rows = replace(rows, names=rows.names[:6])
+    interpreter = train_interpreter(rows, toy_fit(similarity=8))
+    assert accuracy(interpreter, rows) >= 0.9
+    assert interpreter.prototypes_CZ.norm(dim=1).tolist() == pytest.approx([1] * 6, abs=1e-4)
+    without = rows.select(np.flatnonzero(np.asarray(rows.parts) != "further"))
+    plain, same = (train_interpreter(one, toy_fit(epochs=2)) for one in (rows, without))
+    assert torch.equal(plain.query, same.query)  # without a similarity they are not read at all
+
+
+def test_a_prototype_alone_names_the_concept_of_texts_like_its_own() -> None:
+    rows = toy_rows()
+    interpreter = train_interpreter(rows, toy_fit(similarity=8))
+    held = rows.select(rows.where("test"))
+    with torch.no_grad():
+        similarity_BZ = interpreter(held.states_STD).similarity_BZ
+    assert similarity_BZ is not None
+    nearest = (similarity_BZ @ interpreter.prototypes_CZ.T).argmax(1)
+    assert float((nearest == held.labels_S).float().mean()) >= 0.9
+
+
+def test_baselines_learn_too_and_chance_does_not() -> None:
+    rows = toy_rows(each=24)
+    words = [f"word{label} text" for label in rows.labels_S.tolist()]
+    said = baselines(replace(rows, texts=words))
+    labels = rows.labels_S[rows.where("test")].numpy()
+    assert set(said) == {"linear softmax", "nearest mean", "TF-IDF", "chance"}
+    for name, chance_SC in said.items():
+        assert chance_SC.sum(1) == pytest.approx(np.ones(len(labels)), abs=1e-4)
+        if name != "chance":
+            assert (chance_SC.argmax(1) == labels).mean() >= 0.9
