@@ -37,7 +37,8 @@ class InterpreterTrainingConfig:
         noise: standard deviation of what is added to the standardised states in training.
         sampled: 0 takes the loss over all concepts; above, over those of the batch and so many others.
         contrast: weight of the contrastive term, for interpreters with a similarity head. sharpness: of its softmax.
-        pools: states of a text that are read at each layer. baselines: whether a linear softmax, nearest means and TF-IDF are set beside it.
+        pools: states of a text that are read at each layer.
+        baselines: whether a linear softmax, nearest means and TF-IDF are set beside it.
     """
 
     batch: int = 256
