@@ -42,7 +42,8 @@ def summary(cases: list[dict[str, Any]], *references: str) -> list[Line]:
     lines = []
     for case in cases:
         base = by_varied.get(case["varied"], known[references[0]])
-        gap_N = np.array(case["auroc"]) - np.array(base["auroc"])
+        place = {name: n for n, name in enumerate(base["sets"])}
+        gap_N = np.array(case["auroc"]) - np.array(base["auroc"])[[place[name] for name in case["sets"]]]
         draws_RN = np.random.default_rng(0).integers(0, len(gap_N), (DRAWS, len(gap_N)))
         low, high = np.quantile(gap_N[draws_RN].mean(axis=1), [0.025, 0.975])
         mean = {key: float(np.nanmean(case.get(key, [np.nan]))) for key in ("auroc", "ece", "ece_floor")}

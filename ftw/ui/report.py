@@ -17,6 +17,7 @@ from ftw.errors import DataError
 from ftw.hat.timeline import FLOOR, Timeline
 from ftw.paths import replace_file
 from ftw.ui import figures
+from ftw.ui.choices import choices_part
 from ftw.ui.colours import concept_colours
 from ftw.ui.figures import Evaluated, Metrics
 from ftw.ui.page import environment, with_policy
@@ -91,6 +92,7 @@ def write_report(
             passages=[passage(timeline, colours, top, name=f"t{at}") for at, timeline in enumerate(timelines)],
             columns=[heading for heading, *_ in EVALUATION_COLUMNS],
             evaluation=_evaluation_part(evaluation),
+            choices=choices_part(evaluation),
             recipe=_flat(recipe or {}),
             flat=_flat,
             inputs=[_input_part(entry) for entry in inputs],

@@ -79,8 +79,8 @@ class EvaluationTable:
         num_weak = sum(bool(figures.weak(row)) for _, row in rows)
         if num_weak:
             yield Text(
-                f"* {num_weak} of {len(rows)} lenses are no better than a control (t: text only, s: shuffled labels); "
-                "trust their readings accordingly",
+                f"* {num_weak} of {len(rows)} lenses are no better than a control (t: text only, s: shuffled labels, "
+                "l: length, p: position, r: random direction, f: first layer); trust their readings accordingly",
                 style="yellow",
             )
         for note in self.evaluation.notes:

@@ -137,3 +137,17 @@ def test_a_picture_must_be_svg(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"ftw\.ui\.plots\.svg"):
         write_report(tmp_path, title="x", pictures={"x": "<script>"})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_chosen_for_each_lens_stands_with_its_evidence(tmp_path: Path, evaluation: Any) -> None:
+    evidence = {"mean": 0.81, "last": 0.93, "all": 0.9, "combined": 0.94, "text": float("nan")}
+    choice = {"pools": {"mean": 0.25, "last": 0.75}, "evidence": evidence, "num_positive": 12, "num_negative": 34}
+    evaluation.concepts["concept 3"]["choice"] = choice | {"text_weight": 0.5}
+    evaluation.concepts["<i>worst</i>"]["choice"] = {"pools": {"mean": 1.0}, "difference_of_means": True}
+    html = write_report(tmp_path, title="t", evaluation=evaluation).read_text("utf-8")
+    assert "12 + 34" in html
+    assert "mean 25 %, last 75 %" in html
+    assert "<b>0.930</b>" in html
+    assert "too few rows: difference of means" in html
+    assert "<i>worst</i>" not in html
+    assert "why</h2>" not in write_report(tmp_path, title="t").read_text("utf-8")
