@@ -17,8 +17,10 @@ from ftw.map.labelled import LabelledConfig
 from ftw.map.leaks import LeakConfig
 from ftw.map.sequences import SequencesConfig
 from ftw.map.text_control import TextConfig
+from ftw.map.training.graduation import GraduationConfig
 from ftw.map.training.interpreter_task import InterpreterTrainingConfig
 from ftw.map.training.lens_task import TrainingConfig
+from ftw.map.training.siblings import SiblingConfig
 from ftw.map.training.temporal_task import SequenceTrainingConfig
 from ftw.substrate.model import SubstrateConfig
 
@@ -47,6 +49,8 @@ class MapNode:
     text: TextConfig = field(default_factory=TextConfig)
     sequences: SequenceTrainingConfig = field(default_factory=SequenceTrainingConfig)
     leaks: LeakConfig = field(default_factory=LeakConfig)
+    graduation: GraduationConfig = field(default_factory=GraduationConfig)
+    siblings: SiblingConfig = field(default_factory=SiblingConfig)
     interpreter: InterpreterTrainingConfig = field(default_factory=InterpreterTrainingConfig)
 
 

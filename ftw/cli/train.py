@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,15 @@ from ftw import paths
 from ftw.cli import _run
 from ftw.cli._interpreter import check_model, first_rank, interpreter_run
 from ftw.cli._lightning import CHECKPOINTS, loggers_closed, make_trainer
-from ftw.cli._samples import Samples, capture, prepare
+from ftw.cli._samples import Samples, capture, prepare, samples
 from ftw.cli._schema_train import DATA, TrainJob
 from ftw.cli._sources import Sources
 from ftw.cli._verb import verb
 from ftw.errors import ConfigError
 from ftw.hat.timeline import Timeline
-from ftw.map.collect import collect
+from ftw.map.collect import CollectConfig, collect
+from ftw.map.compose import ComposeConfig
+from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.estimate import estimate
 from ftw.map.evaluate import Evaluation
 from ftw.map.leaks import check_leaks
@@ -65,6 +67,7 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
     with run_steps.step("Collect states") as step:
         encyclopedia = collect(substrate, made.table, config)
         step.note(f"{len(made.table):,} texts, layers {', '.join(map(str, encyclopedia.spec.layers))}")
+    validation = validation_texts(job, made, substrate, sources, config)
     with encyclopedia, run_steps.step("Train, calibrate, evaluate") as step, _resumable(job, folder), loggers_closed():
         pack, evaluation = train_pack(
             encyclopedia,
@@ -77,9 +80,30 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
             provenance=_run.provenance(job, sources.fetched),
             watch_prompt=job.watch_prompt,
             leaks=leaks,
+            validation=validation,
         )
         step.note(f"{len(pack.names):,} lenses")
     return Trained(pack, evaluation, substrate, sources, made, folder)
+
+
+def validation_texts(
+    job: TrainJob, made: Samples, substrate: Substrate, sources: Sources, config: CollectConfig
+) -> Encyclopedia | None:
+    """Articles of the part kept for choices, where graduation or refinement decides on them.
+
+    Raises:
+        ConfigError: the test texts are of that part themselves.
+    """
+    training, data = job.map.training, job.data
+    if not (training.graduate or training.refine_siblings) or not isinstance(data, ComposeConfig):
+        return None
+    if data.heldout_part != "test":
+        raise ConfigError(
+            f"data.heldout_part={data.heldout_part}: graduation and refinement decide on the part dev; judge on test"
+        )
+    of_dev = replace(job, data=replace(data, heldout_part="dev"))
+    table = samples(of_dev, substrate, sources, concepts=made.concepts).table
+    return collect(substrate, table.select(table.where("test"), table.concepts), config)
 
 
 def fit_config(job: TrainJob) -> FitConfig:
@@ -90,6 +114,8 @@ def fit_config(job: TrainJob) -> FitConfig:
         text=job.map.text,
         sequences=job.map.sequences,
         leaks=job.map.leaks,
+        graduation=job.map.graduation,
+        siblings=job.map.siblings,
         evaluate=job.evaluate,
         pack_id=job.pack_id,
         version=job.version,

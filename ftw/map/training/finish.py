@@ -35,7 +35,7 @@ class Fitted:
         stack: calibrated, with thresholds and percentiles. solver: its name.
         shuffled: makes the controls: for each permutation of the labels one head a layer.
         lenses, held_out, choices: of the recipe: rows of each lens, its out-of-fold logits on them, what was chosen.
-        shrinkage: of the closed form, in texts.
+        shrinkage: of the closed form, in texts. details: of graduation and siblings, by lens. notes: the same told.
     """
 
     stack: LensStack
@@ -45,6 +45,8 @@ class Fitted:
     held_out: list[np.ndarray] = field(default_factory=list)
     choices: dict[str, Choice] = field(default_factory=dict)
     shrinkage: float = 0.0
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def finish(
@@ -85,6 +87,9 @@ def finish(
         )
         for name, choice in fitted.choices.items():
             evaluation.concepts[name]["choice"] = asdict(choice)
+        for name, found in fitted.details.items():
+            evaluation.concepts[name] |= found
+        evaluation.notes += fitted.notes
     pack = LensPack(
         pack_id=config.pack_id,
         version=config.version,
@@ -124,7 +129,7 @@ def visible_texts(encyclopedia: Encyclopedia, substrate: Substrate) -> list[str]
 def _metrics(fitted: Fitted, evaluation: Evaluation | None) -> dict[str, dict[str, Any]]:
     if evaluation is not None:
         return evaluation.to_json()["concepts"]
-    return {name: {"choice": asdict(choice)} for name, choice in fitted.choices.items()}
+    return fitted.details or {name: {"choice": asdict(choice)} for name, choice in fitted.choices.items()}
 
 
 def _recipe(fitted: Fitted, encyclopedia: Encyclopedia, config: Any, substrate: Substrate) -> Recipe:

@@ -44,6 +44,8 @@ class TrainingConfig:
         basis_rank: width of the shared basis; 0 reads full states.
         num_shuffles: control lenses trained on shuffled labels, per concept.
         shrinkage: of "lda", in texts; 0 chooses it on out-of-fold rows.
+        graduate: of "lda": samples of a concept grow until its lens passes on articles of the part kept for choices.
+        refine_siblings: of "lda": lenses of one family are ranked apart, where those articles read no worse.
     """
 
     solver: str = "auto"
@@ -59,6 +61,8 @@ class TrainingConfig:
     basis_rank: int = 0
     num_shuffles: int = 5
     shrinkage: float = 0.0
+    graduate: bool = False
+    refine_siblings: bool = False
 
 
 class LensTask(pl.LightningModule):

@@ -26,11 +26,14 @@ from ftw.map.training.callbacks import LensBankCallback, log_evaluation, log_pac
 from ftw.map.training.data import EncyclopediaDataModule, Pool
 from ftw.map.training.finish import Fitted, finish
 from ftw.map.training.fit import build_task, fit_shuffled, fitting, with_percentiles
+from ftw.map.training.graduation import GraduationConfig
 from ftw.map.training.lens_rows import lens_rows
 from ftw.map.training.lens_task import LensTask, TrainingConfig
 from ftw.map.training.recipe import shuffled_recipe, solve_recipe
+from ftw.map.training.refined import check_refinement, refined
 from ftw.map.training.sequence_pack import train_sequence_pack
-from ftw.map.training.solver import choose_shrinkage, solve_shuffled, solve_stack
+from ftw.map.training.siblings import SiblingConfig
+from ftw.map.training.solver import choose_shrinkage, solve_shuffled
 from ftw.map.training.sparse import read_sparse_pool
 from ftw.map.training.temporal_task import SequenceTrainingConfig
 from ftw.substrate.model import Substrate
@@ -46,6 +49,7 @@ class FitConfig:
     Attributes:
         head: family. training: how it is fitted. text: the text lenses. evaluate: figures and intervals.
         sequences: how sequence lenses are fitted. leaks: what is looked for before.
+        graduation, siblings: how lenses grow, and are told apart, where `training` asks for it.
         pack_id, version: of the pack. seed: of folds, batches, initial weights and controls.
     """
 
@@ -55,6 +59,8 @@ class FitConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sequences: SequenceTrainingConfig = field(default_factory=SequenceTrainingConfig)
     leaks: LeakConfig = field(default_factory=LeakConfig)
+    graduation: GraduationConfig = field(default_factory=GraduationConfig)
+    siblings: SiblingConfig = field(default_factory=SiblingConfig)
     pack_id: str = "lenses"
     version: str = "0.1.0"
     seed: int = 0
@@ -73,6 +79,7 @@ def train_pack(
     watch_prompt: str | None = None,
     step: Callable[[str], None] = lambda _: None,
     leaks: LeakReport | None = None,
+    validation: Encyclopedia | None = None,
 ) -> tuple[LensPack, Evaluation | None]:
     """Fit, calibrate, control and evaluate the lenses of an encyclopedia.
 
@@ -81,6 +88,7 @@ def train_pack(
         folder: where the pack is saved. checkpoint: of a run to go on with.
         watch_prompt: read during training, for the loggers. step: told what is being done.
         leaks: of the table, where they were looked for already.
+        validation: whose test texts decide on graduation and refinement, where those are asked for.
 
     Returns:
         The pack, and its evaluation; None where the table has no test rows.
@@ -103,7 +111,10 @@ def train_pack(
         provenance=provenance or {},
         watch_prompt=watch_prompt,
         step=step,
+        validation=validation,
     )
+    if not config.head.reads_sequences:
+        check_refinement(config.training, solver_of(config), concepts, validation)
     if leaks is None:
         leaks = check_leaks(encyclopedia.table, leak_config(config, sampled=encyclopedia.spec.sampling is not None))
     if config.head.reads_sequences:
@@ -134,6 +145,7 @@ class _Run:
     provenance: dict[str, Any]
     watch_prompt: str | None
     step: Callable[[str], None]
+    validation: Encyclopedia | None
 
     def sequences(self) -> tuple[LensPack, Evaluation | None]:
         """Sequence lenses on sampled answers."""
@@ -162,7 +174,7 @@ class _Run:
         if not config.training.pools:
             pools = ["mean"] if self.concepts is not None else list(STATE_POOLS)
             config = replace(config, training=replace(config.training, pools=pools))
-        fitted = (_recipe if solver == "logistic" else _closed_form)(self.encyclopedia, config, self.step)
+        fitted = _recipe(self.encyclopedia, config, self.step) if solver == "logistic" else _closed_form(self, config)
         pack, evaluation = self._finish(fitted, config)
         if self.folder is not None:
             pack.save(self.folder)
@@ -280,19 +292,29 @@ def _recipe(encyclopedia: Encyclopedia, config: FitConfig, step: Callable[[str],
     return Fitted(stack, "logistic", shuffled, lenses, solved.held_out, solved.choices)
 
 
-def _closed_form(encyclopedia: Encyclopedia, config: FitConfig, step: Callable[[str], None]) -> Fitted:
+def _closed_form(run: _Run, config: FitConfig) -> Fitted:
     """Linear lenses in closed form: no epochs, no checkpoint, memory for marked pairs only."""
-    training = config.training
+    training, encyclopedia = config.training, run.encyclopedia
+    check_refinement(training, "lda", run.concepts, run.validation)
     pool = read_sparse_pool(encyclopedia, folds=training.folds, pool=training.pool, seed=config.seed)
-    step("shrinkage")
+    run.step("shrinkage")
     shrinkage = training.shrinkage or choose_shrinkage(pool, seed=config.seed)
-    step("lenses")
-    stack = with_percentiles(solve_stack(pool, shrinkage=shrinkage, seed=config.seed), encyclopedia)
+    run.step("lenses")
+    made = refined(
+        pool,
+        encyclopedia,
+        config,
+        shrinkage=shrinkage,
+        concepts=run.concepts,
+        validation=run.validation,
+        step=run.step,
+    )
 
     def shuffled() -> list[list[Head]]:
-        return solve_shuffled(pool, num_shuffles=training.num_shuffles, shrinkage=shrinkage, seed=config.seed)
+        return solve_shuffled(made.pool, num_shuffles=training.num_shuffles, shrinkage=shrinkage, seed=config.seed)
 
-    return Fitted(stack, "lda", shuffled, shrinkage=shrinkage)
+    stack = with_percentiles(made.stack, encyclopedia)
+    return Fitted(stack, "lda", shuffled, shrinkage=shrinkage, details=made.details, notes=made.notes)
 
 
 def _shuffled_by_descent(pool: Pool, task: LensTask, config: FitConfig) -> list[list[Head]]:
