@@ -139,9 +139,7 @@ def picture(groups: dict[str, dict[str, dict[str, Any]]]) -> Figure:
             axes.tick_params(axis="y", length=0, labelsize=7.5)
             axes.spines["left"].set_visible(False)
             axes.invert_yaxis()
-        panels[-1].set_xlabel(
-            "mean AUROC on held-out articles: lens (dot), words alone (ring), shuffled labels (cross)"
-        )
+        panels[-1].set_xlabel("AUROC on held-out articles: lens •  words alone ○  shuffled labels ×")
     return figure
 
 

@@ -20,7 +20,7 @@ from ftw.map.concept_source import ConceptsConfig
 from ftw.map.live import DynamicConfig, ResidentConfig
 from ftw.substrate.model import SubstrateConfig
 
-BENCHES = ("bank", "shelf", "text", "monitor", "train", "load", "temporal", "collect")
+BENCHES = ("bank", "shelf", "text", "monitor", "train", "load", "temporal", "collect", "pack")
 # Which lenses a monitor reads: the names in conf/hat/aperture, with their schemas.
 APERTURES = {"all": ResidentConfig, "dynamic": DynamicConfig}
 MODELS = {"interpreter": InterpreterConfig}  # the names in conf/model

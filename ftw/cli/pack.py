@@ -23,6 +23,7 @@ from ftw.errors import ConfigError, PackError
 from ftw.map import hub
 from ftw.map.concept import ConceptPack
 from ftw.map.installed import KINDS, LENS
+from ftw.map.manifest import verify_manifest
 from ftw.map.model_card import model_card, write_card
 from ftw.map.pack import LensPack, load_pack, read_info
 from ftw.map.pack_registry import PackRegistry, Plan, check_folder
@@ -108,6 +109,8 @@ def verify(job: PackJob, console: Console, registry: PackRegistry) -> None:
     kind, folder, begun = KINDS[job.kind], _folder(job, registry), time.perf_counter()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     with console.status(f"verifying {size / 1e6:,.0f} MB"):
+        if kind is LENS:
+            verify_manifest(folder)  # what was hashed before, too: a disk may rot without a file's times changing
         num = len(load_pack(folder).names) if kind is LENS else len(ConceptPack.load(folder))
         if job.key:
             from ftw.map.signing import verify_signature
