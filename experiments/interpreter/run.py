@@ -28,7 +28,7 @@ from ftw.map.interpreter_figures import SYSTEM, figures, most_confused
 from ftw.map.training.callbacks import quiet_trainer
 from ftw.map.training.interpreter import InterpreterFit, mixed_precision, read_logits, train_interpreter
 from ftw.map.training.interpreter_baselines import baselines
-from ftw.map.training.interpreter_data import TEST, InterpreterRows, read_rows
+from ftw.map.training.interpreter_data import DEV, TEST, InterpreterRows, read_rows
 from ftw.map.wordnet import WordNet
 from ftw.substrate.model import load_substrate
 from ftw.substrate.sources import fetch
@@ -56,9 +56,8 @@ def read(job: TrainJob) -> tuple[InterpreterRows, ConceptTree]:
     return rows, ConceptTree.of_categories(rows.names, made.categories)
 
 
-def fit(system: str, job: TrainJob, folder: Path) -> None:
-    """Fit one system and keep what it says of the test rows."""
-    rows, tree = read(job)
+def fit(system: str, job: TrainJob, rows: InterpreterRows, tree: ConceptTree, folder: Path) -> None:
+    """Fit one system and keep what it says of the test rows; what choices were made by is printed."""
     start = time.perf_counter()
     if system == "baselines":
         said = baselines(rows, seed=job.seed)
@@ -72,6 +71,7 @@ def fit(system: str, job: TrainJob, folder: Path) -> None:
             ),
             folder=folder / system,
         )
+        tell_dev(system, read_logits(interpreter, rows.select(rows.where(DEV))), rows.select(rows.where(DEV)))
         logits_SC = read_logits(interpreter, rows.select(rows.where(TEST)))
         said = {system: calibrated(logits_SC, interpreter.temperature).numpy()}
     seconds = time.perf_counter() - start
@@ -82,6 +82,14 @@ def fit(system: str, job: TrainJob, folder: Path) -> None:
     kept["makes"] = ["article" if group.startswith("article") else group.split()[0].strip(":") for group in test.groups]
     (folder / "test.json").write_text(json.dumps(kept))
     print(f"{system}: {seconds:.0f} s")
+
+
+def tell_dev(system: str, logits_SC: torch.Tensor, rows: InterpreterRows) -> None:
+    """Top-1 and top-5 on the rows kept for choices."""
+    for kind in sorted(set(rows.kinds)):
+        at = torch.from_numpy(rows.where(DEV, kind))
+        hits = logits_SC[at].topk(5).indices == rows.labels_S[at].unsqueeze(1)
+        print(f"dev, {kind}, {system}: {hits[:, 0].float().mean():.3f} {hits.any(1).float().mean():.3f}", flush=True)
 
 
 def table(job: TrainJob, folder: Path) -> None:
@@ -153,8 +161,10 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.what == "table":
         table(job_of("interpreter", *options.set), options.out)
-    for system in options.systems if options.what == "fit" else []:
-        fit(system, job_of(MODELS.get(system, "interpreter"), *options.set), options.out)
+        return
+    rows, tree = read(job_of("interpreter", *options.set))
+    for system in options.systems:
+        fit(system, job_of(MODELS.get(system, "interpreter"), *options.set), rows, tree, options.out)
 
 
 if __name__ == "__main__":

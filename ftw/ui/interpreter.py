@@ -24,14 +24,14 @@ def figures_table(found: Mapping[str, Any]) -> Table:
         table.add_column(name, no_wrap=True)
     for name in ("top-1", "95 %", "top-5", "ECE", "ahead", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.caption = "ahead: top-1 of the interpreter minus that of the system, over the same resampled concepts"
+    table.caption = "ahead: the interpreter's top-1 minus the system's, paired over concepts"
     kinds = [kind for kind in (*KINDS, *found) if kind in found and kind != "confused"]
     for kind in dict.fromkeys(kinds):
         entry = found[kind]
         for place, (name, row) in enumerate(entry["systems"].items()):
             ahead = row.get("minus", {})
             table.add_row(
-                f"{kind} ({entry['num_texts']:,})" if not place else "",
+                kind if not place else "",
                 name,
                 f"{row['top1']:.3f}",
                 _interval(row),

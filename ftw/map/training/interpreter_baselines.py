@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ftw.map.training.interpreter import softmax_temperature
 from ftw.map.training.interpreter_data import DEV, TEST, TRAIN, InterpreterRows
 
-EPOCHS, PATIENCE, BATCH, RATE = 20, 3, 512, 1e-3
+EPOCHS, PATIENCE, BATCH, RATE = 20, 2, 512, 1e-3
 DECAYS = (0.01, 0.3, 1.0)
 SHARPEST = 64.0  # a cosine as a logit; the temperature does the rest
 
