@@ -1,4 +1,4 @@
-"""`ftw train experiment=interpreter` and `ftw interpret` on toy data: what is written, what is read, what is refused."""
+"""`ftw train experiment=interpreter` and `ftw interpret` on toy data: what is written, read and refused."""
 
 import json
 
