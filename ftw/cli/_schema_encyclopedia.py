@@ -23,7 +23,6 @@ class EncyclopediaJob:
         test_contexts: sentences a concept gets to test readers on.
         confidence: who judges: interpreter or nearest_mean. interpreter: how it is made and trained.
         out: file of an export, or folder of what convergence leaves. path: file of an import.
-        layout: of both, pooled or sequences.
     """
 
     action: str = "status"
@@ -42,7 +41,6 @@ class EncyclopediaJob:
     confidence: str = "interpreter"
     out: str | None = None
     path: str | None = None
-    layout: str = "pooled"
     seed: int = 0
     dry_run: bool = False
     json: bool = False

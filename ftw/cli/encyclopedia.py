@@ -20,6 +20,7 @@ from ftw.map.collect import collect
 from ftw.map.estimate import readable_bytes
 from ftw.map.growing.choose import choose
 from ftw.map.growing.convergence import AT, Point, contexts_needed, crossed_table, measure, nouns
+from ftw.map.growing.dense import export_pooled, import_pooled, read_pooled
 from ftw.map.growing.entries import Entry, entries_of
 from ftw.map.growing.grow import grow
 from ftw.map.growing.judge import judge, judge_of
@@ -172,6 +173,25 @@ def _convergence_table(points: list[Point], needed: dict[str, dict[str, float]])
     return table
 
 
+def run_export(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
+    """Mean and variance of every concept as one dense file."""
+    if not job.out:
+        raise ConfigError("out needs a value; write ftw encyclopedia export NAME out=FILE.h5")
+    with GrowingEncyclopedia.open(folder_of(job)) as growing:
+        path = export_pooled(growing, Path(job.out).expanduser())
+    console.print(f"written: {path} ({readable_bytes(path.stat().st_size)})", highlight=False)
+
+
+def run_import(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
+    """A new encyclopedia from a dense file."""
+    if not job.path:
+        raise ConfigError("path needs a value; write ftw encyclopedia import NAME path=FILE.h5")
+    substrate = sources.substrate(job.substrate)
+    dense = read_pooled(Path(job.path).expanduser(), num_layers=substrate.num_layers)
+    with import_pooled(folder_of(job), dense, fingerprint=substrate.fingerprint) as growing:
+        _tell(growing, job, console)
+
+
 ACTIONS = {
     "bootstrap": run_bootstrap,
     "refine": run_refine,
@@ -180,6 +200,8 @@ ACTIONS = {
     "grow": run_grow,
     "status": run_status,
     "convergence": run_convergence,
+    "export": run_export,
+    "import": run_import,
 }
 
 

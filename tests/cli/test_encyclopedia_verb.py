@@ -65,6 +65,14 @@ def test_grow_goes_on_where_it_was(toy: ToyRun, words: list[str]):
     assert (grown.rows().texts, grown.confidence.tolist()) == (whole.rows().texts, whole.confidence.tolist())
 
 
+def test_an_export_is_imported_under_another_name(toy: ToyRun, words: list[str]):
+    encyclopedia("bootstrap", "out", *words)
+    encyclopedia("export", "out", "out=dense.h5", *words)
+    encyclopedia("import", "back", "path=dense.h5", *words)
+    there, back = (GrowingEncyclopedia.open(toy.home / "growing" / name) for name in ("out", "back"))
+    assert (there.concepts, there.layers, there.width) == (back.concepts, back.layers, back.width)
+
+
 def test_what_is_not_there_is_said_in_a_sentence(toy: ToyRun, words: list[str], capsys: pytest.CaptureFixture[str]):
     for arguments, message in ((["refine", "nowhere"], "bootstrap"), (["polish"], "none of")):
         with pytest.raises(SystemExit) as stop:
