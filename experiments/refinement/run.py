@@ -22,6 +22,7 @@ from ftw.map.concept_source import ConceptsConfig, build_pack
 from ftw.map.growing.entries import entries_of
 from ftw.map.growing.judge import interpreter_rows, judging_rows
 from ftw.map.growing.rounds import add_judging, add_tests, bootstrap, refine
+from ftw.map.growing.rows import Rows
 from ftw.map.growing.store import GrowingEncyclopedia
 from ftw.map.growing.writing import WritingConfig
 from ftw.map.training.interpreter import InterpreterFit, read_logits, train_interpreter
@@ -105,7 +106,7 @@ def compare(study: Study, folder: Path) -> dict[str, object]:
         hits: dict[str, np.ndarray] = {}
         for arm in ARMS:
             mine = written.take(np.isin(written.concept, np.array(chosen[arm], dtype=np.int64)))
-            rows = interpreter_rows(growing, type(common).joined([common, mine]), dev=judging, test=test)
+            rows = interpreter_rows(growing, Rows.joined([common, mine]), dev=judging, test=test)
             tests = rows.select(rows.where("test"))
             hits[arm] = np.mean(
                 [_hits(train_interpreter(rows, study.fit(seed)), tests) for seed in range(study.seeds)], axis=0
@@ -157,9 +158,9 @@ def _by_concept(values_S: np.ndarray, place_S: np.ndarray, num: int) -> np.ndarr
 
 
 def main() -> None:
-    """Prepare or compare."""
+    """Prepare, compare, or both."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["prepare", "compare"])
+    parser.add_argument("step", choices=["prepare", "compare", "both"])
     parser.add_argument("--name", default="refinement")
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--contexts", type=int, default=2)
@@ -169,8 +170,9 @@ def main() -> None:
     words = parser.parse_args()
     study = Study(num=words.num, share=0.2, contexts=words.contexts, seeds=words.seeds, epochs=words.epochs)
     folder = paths.home() / "growing" / words.name
-    if words.step == "prepare":
+    if words.step != "compare":
         prepare(study, folder)
+    if words.step == "prepare":
         return
     found = compare(study, folder)
     if words.json:

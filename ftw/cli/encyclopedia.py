@@ -24,9 +24,10 @@ from ftw.map.growing.dense import export_pooled, import_pooled, read_pooled
 from ftw.map.growing.entries import Entry, entries_of
 from ftw.map.growing.grow import grow
 from ftw.map.growing.judge import judge, judge_of
+from ftw.map.growing.plan import STAGES
 from ftw.map.growing.rounds import add_judging, add_tests, bootstrap, refine
 from ftw.map.growing.status import next_costs, status
-from ftw.map.growing.store import STAGES, GrowingEncyclopedia
+from ftw.map.growing.store import GrowingEncyclopedia
 from ftw.map.wordnet import WordNet
 from ftw.substrate.model import Substrate
 from ftw.ui.convergence import convergence_curves

@@ -6,7 +6,8 @@ import pytest
 
 from ftw.errors import ConceptError, ConfigError, SourceError
 from ftw.map.concept import ConceptPack
-from ftw.map.concept_source import ConceptsConfig, build_pack, load_concepts
+from ftw.map.concept_source import ConceptsConfig, build_pack, choose, load_concepts
+from ftw.map.sentences import familiar_lemma
 from ftw.map.wordnet import WordNet, split_gloss
 
 LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by  \n  2 Princeton  \n"
@@ -200,6 +201,49 @@ def test_the_choice_takes_the_largest_closures_within_depth(wordnet: WordNet) ->
     assert set(chosen(max_depth=1, min_closure=1)) == {"entity", "animal", "food"}
     assert chosen(num=2, synsets=["cat.n.01"]) == ["entity", "cat"]
     assert chosen(min_closure=1) == chosen(min_closure=1)
+
+
+TAGS = """animal%1:05:00:: {animal} 1 7
+dog%1:05:00:: {dog} 1 42
+dog%1:13:00:: {hot} 2 0
+able%3:00:00:: 99999999 1 3
+"""
+
+
+@pytest.fixture
+def tagged(folder: Path) -> WordNet:
+    """WordNet with an index.sense."""
+    wordnet = WordNet.open(folder)
+    offsets = {word: f"{wordnet.synset(name).offset:08d}" for word, name in (
+        ("animal", "animal.n.01"), ("dog", "dog.n.01"), ("hot", "hot_dog.n.01"))}  # fmt: skip
+    (wordnet.folder / "index.sense").write_text(TAGS.format(**offsets))
+    return wordnet
+
+
+def test_the_choice_may_go_by_how_often_a_sense_is_met(tagged: WordNet) -> None:
+    assert tagged.tag_counts() == {"animal.n.01": 7, "dog.n.01": 42}
+    config = ConceptsConfig(roots=["entity.n.01"], num=3, min_closure=0, order="frequency")
+    assert [synset.name for synset in choose(config, tagged)] == ["dog.n.01", "animal.n.01", "entity.n.01"]
+    with pytest.raises(ConfigError, match="closure or frequency"):
+        choose(ConceptsConfig(roots=["entity.n.01"], order="fame"), tagged)
+
+
+def test_first_senses_leave_out_what_has_no_word_of_its_own(wordnet: WordNet) -> None:
+    every, own = (
+        {
+            synset.name
+            for synset in choose(ConceptsConfig(roots=["entity.n.01"], min_closure=0, first_senses=only), wordnet)
+        }
+        for only in (False, True)
+    )
+    terms = [familiar_lemma(wordnet, wordnet.synset(name)).lower() for name in own]
+    assert own <= every
+    assert len(set(terms)) == len(terms)
+
+
+def test_a_wordnet_without_tag_counts_says_what_is_missing(wordnet: WordNet) -> None:
+    with pytest.raises(SourceError, match=r"index\.sense"):
+        wordnet.tag_counts()
 
 
 def test_a_choice_that_cannot_be_is_refused(wordnet: WordNet) -> None:

@@ -1,6 +1,7 @@
 """The growing encyclopedia: states of thousands of concepts, refined in rounds where an interpreter is unsure."""
 
 from ftw.map.growing.entries import Entry
-from ftw.map.growing.store import GrowingEncyclopedia, Rows
+from ftw.map.growing.rows import Rows
+from ftw.map.growing.store import GrowingEncyclopedia
 
 __all__ = ["Entry", "GrowingEncyclopedia", "Rows"]

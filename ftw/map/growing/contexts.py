@@ -14,7 +14,8 @@ import numpy as np
 
 from ftw.errors import DataError
 from ftw.map.growing.entries import Entry
-from ftw.map.growing.store import NAMED, STAGES, GrowingEncyclopedia, Plan
+from ftw.map.growing.plan import STAGES, Plan
+from ftw.map.growing.store import NAMED, GrowingEncyclopedia
 from ftw.map.samples import SampleTable, SampleTableBuilder
 from ftw.map.sentences import CONTEXTS, OPPOSITIONS, TEST_CONTEXTS
 

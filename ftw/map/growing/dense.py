@@ -26,7 +26,8 @@ from ftw.map.growing.contexts import table_of
 from ftw.map.growing.entries import Entry
 from ftw.map.growing.moments import FILE as MOMENTS
 from ftw.map.growing.moments import Moments, write_moments
-from ftw.map.growing.store import STAGES, GrowingEncyclopedia, Plan
+from ftw.map.growing.plan import STAGES, Plan
+from ftw.map.growing.store import GrowingEncyclopedia
 from ftw.map.shard import LIBVER, NORMALISATION, CaptureSpec, ShardStates, attribute, write_image
 from ftw.paths import replace_folder
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ftw.errors import ConfigError, DataError
 from ftw.hat.interpreter import Interpreter, Slot, calibrated
-from ftw.map.growing.store import GrowingEncyclopedia, Rows
+from ftw.map.growing.rows import Rows
+from ftw.map.growing.store import GrowingEncyclopedia
 from ftw.map.training.interpreter import InterpreterFit, read_logits, train_interpreter
 from ftw.map.training.interpreter_data import DEV, TEST, TRAIN, InterpreterRows
 

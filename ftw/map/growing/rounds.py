@@ -15,7 +15,8 @@ from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.estimate import nominal_rate
 from ftw.map.growing.contexts import Context, table_of
 from ftw.map.growing.entries import Entry, check_entries
-from ftw.map.growing.store import STAGES, GrowingEncyclopedia, Plan
+from ftw.map.growing.plan import STAGES, Plan
+from ftw.map.growing.store import GrowingEncyclopedia
 from ftw.map.growing.writing import WritingConfig, write_contexts
 from ftw.map.index import INDEX
 from ftw.map.samples import SampleTable

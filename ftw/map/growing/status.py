@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ftw.map.estimate import readable_bytes, readable_seconds
-from ftw.map.growing.store import STAGES, GrowingEncyclopedia
+from ftw.map.growing.plan import STAGES
+from ftw.map.growing.store import GrowingEncyclopedia
 
 # Mean tokens of a text of each stage, and how many tokens are generated for one; measured on WordNet's nouns.
 READ_TOKENS = {1: 13, 2: 36, 3: 20}

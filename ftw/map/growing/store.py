@@ -18,115 +18,30 @@ moments are written; until then every reader sees the encyclopedia as it was bef
 Axes: N concepts, S rows, L layers, D model width.
 """
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from ftw.errors import ConfigError, DataError, EncyclopediaError
+from ftw.errors import ConfigError, EncyclopediaError
 from ftw.map.encyclopedia import ConceptStatistics, Encyclopedia
 from ftw.map.growing.entries import Entry, check_entries, read_entries, write_entries
 from ftw.map.growing.moments import FILE as MOMENTS
 from ftw.map.growing.moments import Moments, RoundMoments, write_moments
+from ftw.map.growing.plan import Plan, read_json, write_json
+from ftw.map.growing.rows import Rows
+from ftw.map.growing.verdict import Verdict
 from ftw.map.index import positives, sample_stages
-from ftw.map.samples import SPLITS
 from ftw.map.shard import CaptureSpec
-from ftw.paths import replace_file
 from ftw.substrate.model import Substrate
 
 FORMAT = "ftw-growing-encyclopedia"
 SCHEMA_VERSION = 1
-STAGES = {0: "term", 1: "templates", 2: "written", 3: "opposed"}
-HEAD, ENTRIES, PLAN, CONFIDENCE, ROUNDS = "growing.json", "concepts.jsonl.gz", "plan.json", "confidence.json", "rounds"
+HEAD, ENTRIES, PLAN, ROUNDS = "growing.json", "concepts.jsonl.gz", "plan.json", "rounds"
 NAMED = "named"
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Samples: each is one text as a positive of one concept.
-
-    Attributes:
-        concept: S indices into `GrowingEncyclopedia.concepts`. stage: S stages of the texts.
-        groups: S names of the template (or kind of prompt, or article) a text came from; splits go by these.
-        texts: S texts. sources: S words for their make (term, template, written, opposed, definition, ...).
-        named: S bools, whether the text holds a word for the concept.
-        rounds, text_rows: S, where the states lie: the round, and the text's row in it.
-    """
-
-    concept: np.ndarray
-    stage: np.ndarray
-    groups: list[str]
-    texts: list[str]
-    sources: list[str]
-    named: np.ndarray
-    rounds: np.ndarray
-    text_rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.concept)
-
-    def take(self, index: np.ndarray) -> "Rows":
-        """Some of the rows, by index or by a mask."""
-        index = np.flatnonzero(index) if np.asarray(index).dtype == bool else np.asarray(index, dtype=np.int64)
-        return Rows(
-            self.concept[index],
-            self.stage[index],
-            [self.groups[row] for row in index],
-            [self.texts[row] for row in index],
-            [self.sources[row] for row in index],
-            self.named[index],
-            self.rounds[index],
-            self.text_rows[index],
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
-        """Several tables one after another."""
-        none = np.zeros(0, dtype=np.int32)
-        empty = cls(none, none.astype(np.int8), [], [], [], none.astype(bool), none, none)
-        every = [empty, *parts]
-        return cls(
-            np.concatenate([part.concept for part in every]),
-            np.concatenate([part.stage for part in every]),
-            [word for part in every for word in part.groups],
-            [word for part in every for word in part.texts],
-            [word for part in every for word in part.sources],
-            np.concatenate([part.named for part in every]),
-            np.concatenate([part.rounds for part in every]),
-            np.concatenate([part.text_rows for part in every]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a round is to hold; its texts follow from this and from the rounds before it.
-
-    Attributes:
-        stage: 0-3.
-        split: "train"; or "test" (to test readers on) or "background" (to judge concepts on), which count nowhere.
-        concepts: indices of the concepts; None for all.
-        contexts: texts a concept is to get.
-        seed: of every choice.
-        against: for stage 3, the indices of the concepts that each of `concepts` is contrasted with.
-        options: further settings of the texts.
-    """
-
-    stage: int
-    split: str = "train"
-    concepts: list[int] | None = None
-    contexts: int = 1
-    seed: int = 0
-    against: list[list[int]] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
-        return {**asdict(self), "options": dict(self.options)}
 
 
 class GrowingEncyclopedia:
@@ -134,7 +49,7 @@ class GrowingEncyclopedia:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).expanduser().absolute()
-        head = _read_json(self.folder / HEAD, "bootstrap one with: ftw encyclopedia bootstrap")
+        head = read_json(self.folder / HEAD, "bootstrap one with: ftw encyclopedia bootstrap")
         found = head.get("format"), head.get("schema_version")
         if found != (FORMAT, SCHEMA_VERSION):
             raise EncyclopediaError(
@@ -183,7 +98,7 @@ class GrowingEncyclopedia:
         write_entries(folder / ENTRIES, entries)
         head = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "spec": spec.as_json()}
         head["tokens_per_second"] = round(tokens_per_second, 1)
-        _write_json(folder / HEAD, head)
+        write_json(folder / HEAD, head)
         return cls.open(folder)
 
     def __enter__(self) -> "GrowingEncyclopedia":
@@ -277,18 +192,7 @@ class GrowingEncyclopedia:
 
     def plan(self, number: int) -> Plan:
         """What a round was to hold."""
-        path = self.round_folder(number) / PLAN
-        record = _read_json(path, "run the same command again")
-        try:
-            plan = Plan(**record)
-            chosen = [] if plan.concepts is None else plan.concepts
-            if plan.stage not in STAGES or plan.split not in SPLITS:
-                raise ValueError("a stage or a split that there is not")
-            if any(type(one) is not int or not 0 <= one < len(self) for one in chosen):
-                raise ValueError("a concept that there is not")
-        except (TypeError, ValueError) as error:
-            raise EncyclopediaError(f"{path} is no plan of a round ({error}); delete its folder") from error
-        return plan
+        return Plan.load(self.round_folder(number) / PLAN, len(self))
 
     def begin(self, plan: Plan) -> int:
         """Number of a new round with this plan.
@@ -299,7 +203,7 @@ class GrowingEncyclopedia:
         if self.pending is not None:
             raise EncyclopediaError(f"round {self.num_rounds} of encyclopedia {self.name!r} is not finished yet")
         number = len(self._closed)
-        _write_json(self.round_folder(number) / PLAN, plan.record())
+        write_json(self.round_folder(number) / PLAN, plan.record())
         self.refresh()
         return number
 
@@ -414,50 +318,34 @@ class GrowingEncyclopedia:
 
     @property
     def confidence(self) -> np.ndarray:
-        """N values in 0..1 that the last interpreter set, NaN where none has."""
-        return np.array(self._confidence()["confidence"], dtype=np.float32)
+        """N values in 0..1 that the last judge set, NaN where none has."""
+        return self._verdict().confidence_N
 
     @property
     def confused_with(self) -> list[list[int]]:
-        """For each concept, the indices of those that the last interpreter confused it with, most confused first."""
-        return self._confidence()["confused_with"]
+        """For each concept, the indices of those that the last judge confused it with, most confused first."""
+        return self._verdict().confused_with
 
     @property
     def judged(self) -> dict[str, Any]:
-        """By which interpreter, after which round, the confidence was set; empty before."""
-        return self._confidence()["judged"]
+        """By which judge, after which round, the confidence was set; empty before."""
+        return self._verdict().judged
 
-    def _confidence(self) -> dict[str, Any]:
-        path = self.folder / CONFIDENCE
-        if not path.exists():
-            return {"confidence": [np.nan] * len(self), "confused_with": [[] for _ in self.concepts], "judged": {}}
-        found = _read_json(path, "delete it and judge again")
-        values, others = found.get("confidence"), found.get("confused_with")
-        if not isinstance(values, list) or not isinstance(others, list) or len(values) != len(self) != len(others):
-            raise EncyclopediaError(f"{path} does not fit {len(self):,} concepts; delete it and judge again")
-        confidence = [np.nan if value is None else float(value) for value in values]
-        return {"confidence": confidence, "confused_with": others, "judged": dict(found.get("judged", {}))}
+    def _verdict(self) -> Verdict:
+        return Verdict.load(self.folder, len(self))
 
     def set_confidence(self, confidence: np.ndarray, confused_with: Sequence[Sequence[int]], **judged: Any) -> None:
-        """Keep how sure an interpreter is of each concept, and what it confuses it with.
+        """Keep how sure a judge is of each concept, and what it confuses it with.
 
         Args:
-            confidence: N values in 0..1, or NaN. judged: words about the interpreter, plain JSON values.
+            confidence: N values in 0..1, or NaN. judged: words about the judge, plain JSON values.
 
         Raises:
             DataError: another number of values, or one outside 0..1.
         """
-        values = np.asarray(confidence, dtype=np.float64)
-        known = values[~np.isnan(values)]
-        if values.shape != (len(self),) or len(confused_with) != len(self) or ((known < 0) | (known > 1)).any():
-            raise DataError(f"confidence has shape {values.shape} for {len(self):,} concepts, or lies outside 0..1")
-        record = {
-            "judged": {"round": self.num_rounds, **judged},
-            # Six digits: equal runs give equal files, whatever the last bits of a sum.
-            "confidence": [None if np.isnan(value) else round(float(value), 6) for value in values],
-            "confused_with": [[int(other) for other in others] for others in confused_with],
-        }
-        _write_json(self.folder / CONFIDENCE, record)
+        others = [[int(other) for other in one] for one in confused_with]
+        judged = {"round": self.num_rounds, **judged}
+        Verdict(np.asarray(confidence, dtype=np.float64), others, judged).save(self.folder, len(self))
 
     # --- samples -----------------------------------------------------------------------------------------------------
 
@@ -523,20 +411,3 @@ class GrowingEncyclopedia:
             raise EncyclopediaError(
                 f"encyclopedia {self.name!r} has no layer {missing[0]} (it has {has}); bootstrap another one with it"
             )
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise EncyclopediaError(f"there is no {path}; {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise EncyclopediaError(f"{path} is damaged ({error}); {remedy}") from error
-    if not isinstance(found, dict):
-        raise EncyclopediaError(f"{path} is damaged (a {type(found).__name__}); {remedy}")
-    return found
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with replace_file(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")

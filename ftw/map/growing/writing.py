@@ -13,7 +13,8 @@ from typing import Any
 
 from ftw.errors import ConfigError
 from ftw.map.growing.contexts import Context, draw, wanted
-from ftw.map.growing.store import GrowingEncyclopedia, Plan
+from ftw.map.growing.plan import Plan
+from ftw.map.growing.store import GrowingEncyclopedia
 from ftw.map.sentences import CONTRAST_PROMPTS, WRITING_PROMPTS, written
 from ftw.paths import replace_file
 from ftw.substrate.model import Substrate

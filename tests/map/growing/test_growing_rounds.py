@@ -16,8 +16,8 @@ from ftw.map.growing import Entry, GrowingEncyclopedia
 from ftw.map.growing.choose import ChooseConfig, choose
 from ftw.map.growing.grow import GrowConfig, grow
 from ftw.map.growing.judge import Judgement, judge, nearest_mean
+from ftw.map.growing.plan import Plan
 from ftw.map.growing.rounds import add_judging, bootstrap, finish_pending, refine
-from ftw.map.growing.store import Plan
 from ftw.map.growing.writing import WritingConfig
 from ftw.substrate.model import Substrate
 
