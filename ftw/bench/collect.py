@@ -19,7 +19,7 @@ from ftw.map.samples import SampleTable, SampleTableBuilder
 from ftw.substrate.model import Substrate
 from ftw.substrate.taps import Tap, autocast, plan_batches
 
-NUM_TERMS, NUM_ALONE, ROUNDS = 4096, 64, 5
+NUM_TERMS, NUM_ALONE, ROUNDS = 2048, 64, 5
 LAYERS = [0.1, 0.3, 0.5, 0.7, 0.9]
 MOST_PIECES = 4
 
