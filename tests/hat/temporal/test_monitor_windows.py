@@ -6,10 +6,11 @@ import torch
 from random_lenses import random_stack
 from temporal_lenses import stack_of
 
-from ftw.errors import ConfigError
+from ftw.cat.narrative import window_series
+from ftw.errors import ConfigError, DataError
 from ftw.hat.monitor import Monitor
 from ftw.hat.temporal.bank import SequenceBank
-from ftw.hat.timeline import TokenReading
+from ftw.hat.timeline import Timeline, TokenReading
 from ftw.substrate.model import Substrate
 
 FAMILIES = ("lstm", "attention", "trunk_lstm")
@@ -73,6 +74,18 @@ def test_every_answer_of_a_batch_is_read_to_its_own_end(tiny_substrate: Substrat
 def test_a_window_longer_than_the_text_is_a_window_of_the_text(tiny_substrate: Substrate):
     timeline = monitor_of(tiny_substrate, window=50, stride=50).read("abc")
     assert np.flatnonzero(~np.isnan(timeline.logits_TN).all(axis=1)).tolist() == [3]
+
+
+def test_an_answer_of_one_token_is_a_window_and_one_that_ends_at_once_has_no_story(tiny_substrate: Substrate):
+    monitor = monitor_of(tiny_substrate)
+    one = monitor.generate("Hm?", max_new_tokens=1, min_new_tokens=1)
+    assert isinstance(one, Timeline)
+    assert np.flatnonzero(~np.isnan(one.logits_TN).all(axis=1)).tolist() == [len(one) - 1]
+    assert len(window_series(one).ends) == 1
+    nothing = monitor.generate("Hm?", max_new_tokens=1, forced_eos_token_id=tiny_substrate.tokenizer.eos_token_id)
+    assert isinstance(nothing, Timeline)
+    with pytest.raises(DataError, match="nothing to tell"):
+        window_series(nothing)
 
 
 def test_lenses_of_single_states_tell_windows_too(tiny_substrate: Substrate):

@@ -180,6 +180,21 @@ def test_a_concept_without_negatives_is_refused_by_name(tmp_path: Path):
             build_sequence_pool(encyclopedia, folds=4, basis_rank=0, seed=0)
 
 
+def test_states_that_are_not_numbers_are_refused_not_learned(tmp_path: Path):
+    with toy_answers(tmp_path) as encyclopedia:
+        states = encyclopedia.token_states(LAYERS[0], encyclopedia.table.where("train"))
+        states[0][3, 1] = np.nan
+        encyclopedia.token_states = lambda *_: states
+        with pytest.raises(DataError, match="not finite"):
+            build_sequence_pool(encyclopedia, folds=4, basis_rank=0, seed=0)
+
+
+def test_answers_that_are_all_alike_cannot_be_learned_from_and_that_is_said(tmp_path: Path):
+    pool = pool_of(tmp_path)
+    with pytest.raises(DataError, match="constant logits"):
+        fitted(replace(pool, tokens_LTW=torch.zeros_like(pool.tokens_LTW)), "token_max", epochs=2)
+
+
 @pytest.mark.parametrize("family", ["lstm", "trunk_lstm", "attention"])
 def test_a_pack_reads_after_loading_as_before_saving(tmp_path: Path, family: str, tiny_substrate: Substrate):
     config = FitConfig(head=head_of(family), sequences=TRAINING, text=TextConfig(folds=2, window_words=0))
