@@ -153,17 +153,24 @@ def cases() -> dict[str, tuple[str, Read]]:
     return made
 
 
-def chosen_sets(encyclopedia: Encyclopedia, num: int) -> tuple[list[LensRows], list[int]]:
-    """So many sets, evenly spread over how well words alone rank their training rows, out of fold."""
+def chosen_sets(encyclopedia: Encyclopedia, num: int, known: Path) -> tuple[list[LensRows], list[int]]:
+    """So many sets, evenly spread over how well words alone rank their training rows, out of fold.
+
+    Args:
+        known: file that keeps those figures for the next time.
+    """
     lenses = lens_rows(encyclopedia.table)
     if num >= len(lenses):
         return lenses, list(range(len(lenses)))
-    held_out = fit_text_lenses(encyclopedia.table, TextConfig(window_words=0), progress=False).held_out
-    area_N = [
-        metrics.auroc(logits_S[:, None], rows.labels[:, None], rows.weights[:, None])[0]
-        for rows, logits_S in zip(lenses, held_out, strict=True)
-    ]
-    order = np.argsort(area_N, kind="stable")
+    if not known.exists():
+        held_out = fit_text_lenses(encyclopedia.table, TextConfig(window_words=0), progress=False).held_out
+        areas = {
+            rows.name: float(metrics.auroc(logits_S[:, None], *rows.columns(1))[0])
+            for rows, logits_S in zip(lenses, held_out, strict=True)
+        }
+        known.write_text(json.dumps(areas), encoding="utf-8")
+    areas = json.loads(known.read_text("utf-8"))
+    order = np.argsort([areas[rows.name] for rows in lenses], kind="stable")
     columns = sorted(order[np.linspace(0, len(order) - 1, num).round().astype(int)].tolist())
     return [lenses[column] for column in columns], columns
 
@@ -189,7 +196,8 @@ def main() -> None:
     if left:
         torch.manual_seed(0)
         with Encyclopedia.open(arguments.encyclopedia) as encyclopedia:
-            study = Study(encyclopedia, *chosen_sets(encyclopedia, sets))
+            sample = chosen_sets(encyclopedia, sets, arguments.out / "words_on_training_rows.json")
+            study = Study(encyclopedia, *sample)
             for name in track(left, "cases"):
                 start = time.perf_counter()
                 found = {key: values_N.tolist() for key, values_N in every[name][1](study).items()}

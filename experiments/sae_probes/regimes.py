@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -142,6 +143,31 @@ def speed(encyclopedia: Encyclopedia, lenses: list[LensRows]) -> dict[str, Any]:
     }
 
 
+def picture(lines: list[dict[str, Any]], path: Path) -> None:
+    """States and words with fewer rows, fewer positives and wrong labels."""
+    by_case = {each["case"]: each for each in lines if "auroc_text" in each}
+    panels = {
+        "rows of each class": [case for case in by_case if case.endswith("rows a class")],
+        "positives among 150 rows": [case for case in by_case if "positives" in case],
+        "wrong labels": [case for case in by_case if "wrong" in case],
+    }
+    panels = {title: cases for title, cases in panels.items() if cases}
+    sizes = [len(cases) for cases in panels.values()]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(10, 3.2), sharey=True, width_ratios=sizes, layout="constrained", squeeze=False
+    )
+    for axis, (title, cases) in zip(axes[0], panels.items(), strict=True):
+        for system, label, mark in (("activation", "lenses", "o-"), ("text", "words alone", "s--")):
+            axis.plot(range(len(cases)), [by_case[case][f"auroc_{system}"] for case in cases], mark, label=label)
+        axis.set_xticks(range(len(cases)), [case.split()[0] for case in cases])
+        axis.set_xlabel(title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("AUROC, mean over sets")
+    axes[0][0].legend(frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def main() -> None:
     """Run the parts asked for; print and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -169,6 +195,8 @@ def main() -> None:
         table.add_row(*(f"{v:.4f}" if isinstance(v := each.get(key, ""), float) else str(v) for key in keys))
     Console().print(table)
     arguments.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    if "regimes" in arguments.parts:
+        picture(lines, arguments.json.with_name("regimes.svg"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from ftw.map.samples import SPLITS, SampleTable, SampleTableBuilder
 
 OVER_MAX = "over max_rows"
 LEAKS = ("text in both splits (left out of train)", "group in both splits (left out of train)")
+# Rows of a label below which the recipe chooses nothing (`ftw.map.training.combine.SMALL_ROWS`).
+FEW_ROWS = 20
 # Rows looked at for every row wanted: duplicates, leaks and groups of one label only take some of them away.
 LOOK_AT = 3
 
@@ -136,6 +138,7 @@ def read(config: LabelledConfig, seed: int) -> tuple[SampleTable, RowReport]:
     for name, rows in marked.items():
         report.counts[name] = _count(rows)
     _check_classes(report)
+    _note_few(report)
     return _table(marked, background, report), report
 
 
@@ -385,6 +388,22 @@ def _check_classes(report: RowReport) -> None:
         more = f"; and {len(lacking) - 5} more" if len(lacking) > 5 else ""
         words = "; ".join(lacking[:5]) + more
         raise DataError(f"both labels are needed in train and in test: {words}. {' '.join(report.lines())}")
+
+
+def _note_few(report: RowReport) -> None:
+    """Name the concepts of so few rows that their lenses and figures are rough."""
+    few = {
+        name: f"{counts['train/1']} + {counts['train/0']}"
+        for name, counts in report.counts.items()
+        if min(counts["train/0"], counts["train/1"]) < FEW_ROWS
+    }
+    if few:
+        shown = ", ".join(f"{name} {rows}" for name, rows in list(few.items())[:5])
+        more = f" and {len(few) - 5:,} more" if len(few) > 5 else ""
+        report.notes.append(
+            f"fewer than {FEW_ROWS} rows of a label to learn from: {shown}{more}; nothing is chosen on so few, and "
+            "their figures are rough"
+        )
 
 
 def _table(marked: _ByConcept, background: _ByConcept, report: RowReport) -> SampleTable:

@@ -50,7 +50,9 @@ def test_rows_become_texts_with_marks_and_further_columns(tmp_path: Path) -> Non
     assert table.labels.tolist() == [line["label"] for line in lines]
     assert table.columns == {"language": ["de"] * 16, "length": ["3"] * 16}
     assert report.counts == {"spam": {"train/0": 4, "train/1": 4, "test/0": 4, "test/1": 4}}
-    assert report.lines() == ["16 of 16 rows kept, 1 concepts"]
+    first, few = report.lines()
+    assert first == "16 of 16 rows kept, 1 concepts"
+    assert few.startswith("  fewer than 20 rows of a label to learn from: spam 4 + 4; ")
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv"])
