@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -19,7 +20,7 @@ from ftw.errors import ConfigError
 from ftw.map.collect import collect
 from ftw.map.estimate import readable_bytes
 from ftw.map.growing.choose import choose
-from ftw.map.growing.convergence import AT, Point, contexts_needed, crossed_table, measure, nouns
+from ftw.map.growing.convergence import AT, Point, between, contexts_needed, crossed_table, measure, nouns
 from ftw.map.growing.dense import export_pooled, import_pooled, read_pooled
 from ftw.map.growing.entries import Entry, entries_of
 from ftw.map.growing.grow import grow
@@ -138,19 +139,23 @@ def run_convergence(job: EncyclopediaJob, console: Console, sources: Sources) ->
     substrate, run_steps = sources.substrate(job.substrate), steps(console=console)
     with run_steps.step(f"Read {len(table):,} texts"):
         encyclopedia = collect(substrate, table, job.capture, moments=False)
-    points, needed = list[Point](), dict[str, dict[str, float]]()
+    points, apart, needed = list[Point](), list[dict[str, Any]](), dict[str, dict[str, float]]()
     with encyclopedia, run_steps.step("Halve the templates and compare") as step:
         for layer in encyclopedia.spec.layers:
             step.advance(total=len(encyclopedia.spec.layers))
             states_SD = encyclopedia.pooled(layer, "mean").astype(np.float32)
             states_NTD = states_SD.reshape(len(chosen), -1, states_SD.shape[-1])
             points += measure(states_NTD, kinds, layer, job.convergence, job.seed)
+            apart += between(states_NTD, kinds, layer, job.convergence, job.seed)
             each = contexts_needed(states_NTD)
             needed[str(layer)] = {kind: float(np.median(each[np.array(kinds) == kind])) for kind in set(kinds)}
     console.print(_convergence_table(points, needed))
+    for row in apart:
+        told = ", ".join(f"{name} {row[name][0]:.3f}" for name in ("distance", "corrected", "own"))
+        console.print(f"two sets of sentences, layer {row['layer']}, {row['kind']}: {told}", highlight=False)
     if job.out:
         folder = Path(job.out).expanduser()
-        record = {"points": [point.record() for point in points], "median_contexts_needed": needed}
+        record = {"points": [point.record() for point in points], "two_sets": apart, "median_contexts_needed": needed}
         _run.write_json(folder / "convergence.json", record)
         lines = "".join(f"{entry.synset}\t{entry.phrase}\t{kind}\n" for entry, kind in chosen)
         (folder / "nouns.tsv").write_text(lines, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Curves of convergence: distance, corrected distance and reliability of a concept's mean against its contexts."""
+"""Curves of convergence: distance and reliability of a concept's mean against its contexts."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,14 @@ COLOURS = {"concrete": ACCENT, "abstract": CONTROL}
 
 
 def convergence_curves(points: Sequence[Point], layer: int) -> Figure:
-    """Three panels over the number of contexts at one layer, bands for the 95 % intervals over concepts."""
+    """Two panels over the number of contexts at one layer, bands for the 95 % intervals over concepts."""
     panels = (
         ("distance", "relative distance to the other half"),
-        ("corrected", "the same, noise taken out"),
         ("reliability", "split-half reliability"),
     )
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 2.9), layout="constrained")
-        for axes, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+        for axes, (name, title) in zip(figure.subplots(1, 2), panels, strict=True):
             for kind in dict.fromkeys(point.kind for point in points):
                 mine = [point for point in points if point.kind == kind and point.layer == layer]
                 n, values = [point.n for point in mine], [getattr(point, name) for point in mine]

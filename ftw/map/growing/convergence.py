@@ -9,7 +9,9 @@ are halved at random, many times; the mean over the first n of one half is held 
     reliability(n) correlation of a and b over concepts and features, each feature's mean over the concepts taken out
 
 The distance of two means of noisy samples cannot fall below the noise, however well both have settled; the corrected
-one can. `contexts_needed` says at how many contexts the noise alone is 5 % of the mean: n = s² / (0.05 |b|)².
+one can. Between halves drawn at random it is nothing by construction, on average: it shows that all of the plain
+distance is noise. Between two sets of sentences that were written apart (`between`) it is what the sets themselves
+differ by. `contexts_needed` says at how many contexts the noise alone is 5 % of the mean: n = s² / (0.05 |b|)².
 
 Axes: N concepts, T templates, n contexts, D model width, R draws.
 """
@@ -207,6 +209,42 @@ def _point(kind: str, layer: int, n: int, at: dict[str, np.ndarray], drawn_RN: n
 def _interval(value: float, draws_R: np.ndarray) -> tuple[float, float, float]:
     low, high = np.quantile(draws_R, [0.025, 0.975])
     return value, float(low), float(high)
+
+
+def between(
+    states_NTD: np.ndarray, kinds: Sequence[str], layer: int, config: ConvergenceConfig, seed: int = 0
+) -> list[dict[str, Any]]:
+    """How far the means over the sentences to learn from and over those to test with lie apart, for each kind.
+
+    The distance, the same with the noise of both means taken out of its square, the latter with what the sentences add
+    to all concepts of a kind alike taken out of the states first, and the share of concepts under 5 % by it.
+    """
+    kind_N, random = np.asarray(kinds), np.random.default_rng(seed)
+    states_NTD = states_NTD.astype(np.float64)
+    found = []
+    for kind in dict.fromkeys(kinds):
+        mine_NTD = states_NTD[kind_N == kind]
+        size_N = np.linalg.norm(mine_NTD.mean(axis=1), axis=-1)
+        own_NTD = mine_NTD - mine_NTD.mean(axis=0)
+        plain_N, square_N = _apart(mine_NTD)
+        _, own_square_N = _apart(own_NTD)
+        drawn_RN = random.integers(len(size_N), size=(config.draws, len(size_N)))
+        row: dict[str, Any] = {"kind": kind, "layer": layer}
+        values = {"distance": plain_N / size_N, "corrected": square_N / size_N**2, "own": own_square_N / size_N**2}
+        for name, values_N in values.items():
+            figures = np.array(_interval(float(values_N.mean()), values_N[drawn_RN].mean(axis=1)))
+            row[name] = (figures if name == "distance" else np.sqrt(figures.clip(0))).tolist()
+        row["under"] = float((own_square_N < (CRITERION * size_N) ** 2).mean())
+        found.append(row)
+    return found
+
+
+def _apart(states_NTD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance [N] of the means over the two sets of sentences, and its square less the noise of both."""
+    parts = states_NTD[:, : len(CONTEXTS)], states_NTD[:, len(CONTEXTS) :]
+    square_N = ((parts[0].mean(axis=1) - parts[1].mean(axis=1)) ** 2).sum(axis=-1)
+    noise_N = sum(part.var(axis=1, ddof=1).sum(axis=-1) / part.shape[1] for part in parts)
+    return np.sqrt(square_N), square_N - noise_N
 
 
 def contexts_needed(states_NTD: np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@ import pytest
 from toy_growing import entries
 
 from ftw.errors import ConfigError
-from ftw.map.growing.convergence import TEMPLATES, ConvergenceConfig, contexts_needed, crossed_table, measure
+from ftw.map.growing.convergence import TEMPLATES, ConvergenceConfig, between, contexts_needed, crossed_table, measure
+from ftw.map.sentences import CONTEXTS
 
 CONFIG = ConvergenceConfig(half=10, splits=10, draws=50)
 
@@ -48,6 +49,18 @@ def test_what_every_template_adds_to_all_concepts_does_not_count_for_reliability
     plain, shifted = (measure(one, ["concrete"] * 60, 3, CONFIG)[4] for one in (states, states + 5 * template))
     assert shifted.reliability[0] == pytest.approx(plain.reliability[0], abs=0.02)
     assert shifted.distance[0] > plain.distance[0]
+
+
+def test_two_sets_of_sentences_differ_by_what_the_second_adds_and_by_no_noise():
+    random = np.random.default_rng(2)
+    states = random.normal(size=(60, 1, 64)) + 0.5 * random.normal(size=(60, len(TEMPLATES), 64))
+    (same,) = between(states, ["concrete"] * 60, 3, CONFIG)
+    assert same["corrected"][0] < same["distance"][0] / 3
+    states[:, len(CONTEXTS) :] += 0.3
+    (apart,) = between(states, ["concrete"] * 60, 3, CONFIG)
+    size = np.linalg.norm(states.mean(axis=1), axis=-1).mean()
+    assert apart["corrected"][0] == pytest.approx(0.3 * 8 / size, rel=0.1)
+    assert apart["own"][0] == pytest.approx(same["own"][0], rel=0.05)
 
 
 def test_contexts_needed_are_those_at_which_noise_is_a_twentieth():
