@@ -67,7 +67,7 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
     with run_steps.step("Collect states") as step:
         encyclopedia = collect(substrate, made.table, config)
         step.note(f"{len(made.table):,} texts, layers {', '.join(map(str, encyclopedia.spec.layers))}")
-    validation = validation_texts(job, made, substrate, sources, config)
+    validation = validation_texts(job, made, substrate, sources, config, run_steps)
     with encyclopedia, run_steps.step("Train, calibrate, evaluate") as step, _resumable(job, folder), loggers_closed():
         pack, evaluation = train_pack(
             encyclopedia,
@@ -87,7 +87,12 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
 
 
 def validation_texts(
-    job: TrainJob, made: Samples, substrate: Substrate, sources: Sources, config: CollectConfig
+    job: TrainJob,
+    made: Samples,
+    substrate: Substrate,
+    sources: Sources,
+    config: CollectConfig,
+    run_steps: Steps,
 ) -> Encyclopedia | None:
     """Articles of the part kept for choices, where graduation or refinement decides on them.
 
@@ -102,8 +107,11 @@ def validation_texts(
             f"data.heldout_part={data.heldout_part}: graduation and refinement decide on the part dev; judge on test"
         )
     of_dev = replace(job, data=replace(data, heldout_part="dev"))
-    table = samples(of_dev, substrate, sources, concepts=made.concepts).table
-    return collect(substrate, table.select(table.where("test"), table.concepts), config)
+    with run_steps.step("Collect articles that decide on growth and siblings") as step:
+        table = samples(of_dev, substrate, sources, concepts=made.concepts).table
+        table = table.select(table.where("test"), table.concepts)
+        step.note(f"{len(table):,} texts")
+        return collect(substrate, table, config)
 
 
 def fit_config(job: TrainJob) -> FitConfig:
