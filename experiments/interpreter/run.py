@@ -25,6 +25,7 @@ from ftw.hat.interpreter import calibrated
 from ftw.map.collect import collect
 from ftw.map.descriptions import describe
 from ftw.map.interpreter_figures import SYSTEM, figures, most_confused
+from ftw.map.leaks import LeakConfig, check_leaks
 from ftw.map.training.callbacks import quiet_trainer
 from ftw.map.training.interpreter import InterpreterFit, mixed_precision, read_logits, train_interpreter
 from ftw.map.training.interpreter_baselines import baselines
@@ -34,6 +35,7 @@ from ftw.substrate.model import load_substrate
 from ftw.substrate.sources import fetch
 
 MODELS = {SYSTEM: "interpreter", "hierarchical": "interpreter_hierarchical", "multitask": "interpreter_multitask"}
+BOTH = "interpreter and linear"
 ORDER = [*MODELS, "linear softmax", "nearest mean", "TF-IDF", "chance"]
 
 
@@ -95,17 +97,26 @@ def tell_dev(system: str, logits_SC: torch.Tensor, rows: InterpreterRows) -> Non
 def table(job: TrainJob, folder: Path) -> None:
     """Figures by kind and by make, as JSON, as rows of a table, and as a picture."""
     kept = json.loads((folder / "test.json").read_text())
+    made = describe(WordNet.open(fetch("wordnet-3.0").folder), job.data, job.seed)
+    copies = {made.table.texts[held] for _, held in check_leaks(made.table, LeakConfig(allow=True)).pairs}
+    rows = [row for row, text in enumerate(kept["texts"]) if text not in copies]
+    print(f"{len(kept['texts']) - len(rows)} held-out texts nearly repeat a training text and are left out")
+    kept |= {name: [kept[name][row] for row in rows] for name in ("labels", "kinds", "makes")}
     labels = np.array(kept["labels"])
     there = [name for name in ORDER if (folder / f"{name}.npz").exists()]
-    said = {name: np.load(folder / f"{name}.npz")["chance"].astype(np.float32) for name in there}
+    said = {name: np.load(folder / f"{name}.npz")["chance"][rows].astype(np.float32) for name in there}
+    if {SYSTEM, "linear softmax"} <= said.keys():
+        # Equal parts of both, as calibrated: nothing is fitted here.
+        product_SC = np.sqrt((said[SYSTEM] + 1e-7) * (said["linear softmax"] + 1e-7))
+        said = {SYSTEM: said[SYSTEM], BOTH: product_SC / product_SC.sum(1, keepdims=True), **said}
     found = figures(said, labels, kept["kinds"], draws=job.evaluate.draws, seed=job.seed)
     makes = [f"{kind}, {make}" for kind, make in zip(kept["kinds"], kept["makes"], strict=True)]
     found |= {"makes": figures(said, labels, makes, draws=job.evaluate.draws, seed=job.seed)}
     pairs = {
         f"{one} - {other}": figures({SYSTEM: said[one], other: said[other]}, labels, kept["kinds"], seed=job.seed)
-        for one in MODELS
+        for one in [*MODELS, BOTH]
         for other in there
-        if one in there and one != other
+        if one in said and one != other
     }
     found["differences"] = {
         name: {kind: entry["systems"][name.split(" - ")[1]]["minus"] for kind, entry in one.items()}
@@ -123,8 +134,9 @@ def table(job: TrainJob, folder: Path) -> None:
                 f"| {row['top5_low']:.3f} – {row['top5_high']:.3f} | {row['ece']:.3f} |"
             )
     for name, by_kind in found["differences"].items():
-        row = by_kind["unnamed"]
-        print(f"unnamed, {name}: {row['top1']:+.3f} ({row['top1_low']:+.3f} – {row['top1_high']:+.3f})")
+        for kind in ("named", "unnamed"):
+            row = by_kind[kind]
+            print(f"{kind}, {name}: {row['top1']:+.3f} ({row['top1_low']:+.3f} – {row['top1_high']:+.3f})")
     picture(found, folder / "figures.png")
 
 
@@ -140,7 +152,9 @@ def picture(found: dict, path: Path) -> None:
         axes = figure.add_subplot(1, 2, place + 1)
         for row, (name, one) in enumerate(systems.items()):
             error = [[one["top1"] - one["top1_low"]], [one["top1_high"] - one["top1"]]]
-            axes.barh(row, one["top1"], xerr=error, color="#3b6ea5" if name in MODELS else "#b8b8b8", capsize=2)
+            axes.barh(
+                row, one["top1"], xerr=error, color="#3b6ea5" if name in (*MODELS, BOTH) else "#b8b8b8", capsize=2
+            )
         axes.set_yticks(range(len(systems)), labels=list(systems) if not place else [""] * len(systems))
         axes.invert_yaxis()
         axes.set_xlim(0, 1)

@@ -1,7 +1,7 @@
 """`ftw train` with a model: an interpreter instead of lenses, and its figures beside those of what it must beat."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from ftw.errors import ConfigError
 from ftw.hat.concept_tree import ConceptTree
 from ftw.hat.interpreter import Interpreter, calibrated
 from ftw.map.collect import collect
+from ftw.map.descriptions import DescriptionsConfig
 from ftw.map.estimate import estimate
 from ftw.map.interpreter_figures import SYSTEM, confusions, figures, most_confused
+from ftw.map.leaks import check_leaks
 from ftw.map.training.interpreter import InterpreterFit, read_logits, train_interpreter
 from ftw.map.training.interpreter_baselines import baselines
-from ftw.map.training.interpreter_data import TEST, InterpreterRows, read_rows, with_further
+from ftw.map.training.interpreter_data import TEST, InterpreterRows, read_rows, with_further, without_held_out
 from ftw.ui.interpreter import confusion_picture, figures_table
 from ftw.ui.steps import Steps
 
@@ -52,6 +54,12 @@ def interpreter_run(job: TrainJob, run_steps: Steps, *, folder: Path) -> Trained
         cost = estimate(made.table, config.spec(substrate), substrate, measure=True)
         run_steps.console.print("\n".join(cost.lines()), highlight=False)
         return None
+    with run_steps.step("Look for leaks") as step:
+        # Of the texts that FTW makes itself, near-copies are left out of what is judged; the user's own are refused.
+        own = isinstance(job.data, DescriptionsConfig)
+        leaks = check_leaks(made.table, replace(job.map.leaks, allow=True) if own else job.map.leaks)
+        copies = {made.table.texts[held] for _, held in leaks.pairs} if own else set()
+        step.note(leaks.line())
     with run_steps.step("Collect states") as step:
         encyclopedia = collect(substrate, made.table, config)
         step.note(f"{len(made.table):,} texts, layers {', '.join(map(str, encyclopedia.spec.layers))}")
@@ -60,6 +68,7 @@ def interpreter_run(job: TrainJob, run_steps: Steps, *, folder: Path) -> Trained
     if made.further is not None and job.model.similarity:
         with run_steps.step("Collect states of further concepts"), collect(substrate, made.further, config) as more:
             rows = with_further(rows, more)
+    rows = without_held_out(rows, copies)
     tree, loggers = tree_of(made), list[Logger]()
     with run_steps.step("Train and calibrate") as step, loggers_closed():
 

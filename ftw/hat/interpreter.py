@@ -7,8 +7,7 @@ since the states carry that themselves. So the answer does not depend on the ord
 
 1. Standardise each state by its slot, project it to the interpreter's width, add the slot's own vector.
 2. Put a learnt query before them; encode all with pre-norm transformer blocks (Xiong et al. 2020).
-3. The query's output, normed, and the mean of the projected states together give a logit for every concept; with a
-   tree, for every node of it.
+3. The query's output, normed, gives a logit for every concept; with a tree, for every node of it.
 4. With a similarity head it also gives an embedding; how near that lies to each concept's prototype adds to the logits.
 
 Axes: B batch, T tokens (states), J slots, D model width of the substrate, W width, C concepts, K named nodes, Z width
@@ -180,11 +179,7 @@ class Interpreter(nn.Module):
         query_B1W = self.query.expand(len(x_BTD), 1, -1).to(tokens_BTW.dtype)
         padding_BT = None if mask_BT is None else nn.functional.pad(~mask_BT, (1, 0), value=False)
         encoded_BTW = self.encoder(torch.cat([query_B1W, tokens_BTW], dim=1), src_key_padding_mask=padding_BT)
-        # What a linear reader would see stands beside what attention has found: it is learnt in a few steps.
-        if mask_BT is None:
-            return encoded_BTW[:, 0] + tokens_BTW.mean(1)
-        there_BT1 = mask_BT.unsqueeze(-1).to(tokens_BTW.dtype)
-        return encoded_BTW[:, 0] + (tokens_BTW * there_BT1).sum(1) / there_BT1.sum(1).clamp_min(1)
+        return encoded_BTW[:, 0]
 
     def _projected(self, x_BTD: Tensor, slots_T: Tensor) -> Tensor:
         """Every token through the projection of its slot, [B, T, W]."""

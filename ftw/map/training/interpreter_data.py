@@ -139,6 +139,12 @@ def read_rows(encyclopedia: Encyclopedia, *, pools: Sequence[str] = ("mean", "la
     )
 
 
+def without_held_out(rows: InterpreterRows, texts: set[str]) -> InterpreterRows:
+    """The rows without those of some texts among the dev and test rows: copies of what is trained on, say."""
+    kept = [part in (TRAIN, FURTHER) or text not in texts for part, text in zip(rows.parts, rows.texts, strict=True)]
+    return rows if all(kept) else rows.select(np.flatnonzero(kept))
+
+
 def with_further(rows: InterpreterRows, encyclopedia: Encyclopedia) -> InterpreterRows:
     """The rows with those of an encyclopedia about other concepts, which only a similarity is trained on.
 
