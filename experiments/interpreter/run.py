@@ -112,16 +112,11 @@ def table(job: TrainJob, folder: Path) -> None:
     found = figures(said, labels, kept["kinds"], draws=job.evaluate.draws, seed=job.seed)
     makes = [f"{kind}, {make}" for kind, make in zip(kept["kinds"], kept["makes"], strict=True)]
     found |= {"makes": figures(said, labels, makes, draws=job.evaluate.draws, seed=job.seed)}
-    pairs = {
-        f"{one} - {other}": figures({SYSTEM: said[one], other: said[other]}, labels, kept["kinds"], seed=job.seed)
-        for one in [*MODELS, BOTH]
-        for other in there
-        if one in said and one != other
-    }
-    found["differences"] = {
-        name: {kind: entry["systems"][name.split(" - ")[1]]["minus"] for kind, entry in one.items()}
-        for name, one in pairs.items()
-    }
+    found["differences"] = {SYSTEM: _ahead(found)}
+    for one in (BOTH, "hierarchical", "multitask"):
+        if one in said:
+            others = {SYSTEM: said[one], **{name: said[name] for name in ("linear softmax", "TF-IDF")}}
+            found["differences"][one] = _ahead(figures(others, labels, kept["kinds"], draws=1000, seed=job.seed))
     found["confused"] = most_confused(said[SYSTEM], labels, kept["names"])
     found["seconds"] = {name: float(np.load(folder / f"{name}.npz")["seconds"]) for name in there}
     (folder / "metrics.json").write_text(json.dumps(found, indent=1))
@@ -133,11 +128,18 @@ def table(job: TrainJob, folder: Path) -> None:
                 f"| {name} | {row['top1']:.3f} | {row['top1_low']:.3f} – {row['top1_high']:.3f} | {row['top5']:.3f} "
                 f"| {row['top5_low']:.3f} – {row['top5_high']:.3f} | {row['ece']:.3f} |"
             )
-    for name, by_kind in found["differences"].items():
+    for one, by_kind in found["differences"].items():
         for kind in ("named", "unnamed"):
-            row = by_kind[kind]
-            print(f"{kind}, {name}: {row['top1']:+.3f} ({row['top1_low']:+.3f} – {row['top1_high']:+.3f})")
+            for other in ("linear softmax", "TF-IDF"):
+                row = by_kind[kind][other]
+                print(f"{kind}, {one} - {other}: {row['top1']:+.3f} ({row['top1_low']:+.3f} – {row['top1_high']:+.3f})")
     picture(found, folder / "figures.png")
+
+
+def _ahead(found: dict) -> dict:
+    """By kind and system, how far the interpreter is ahead."""
+    kinds = ("named", "unnamed")
+    return {kind: {name: row.get("minus") for name, row in found[kind]["systems"].items()} for kind in kinds}
 
 
 def picture(found: dict, path: Path) -> None:
@@ -151,7 +153,7 @@ def picture(found: dict, path: Path) -> None:
         systems = found[kind]["systems"]
         axes = figure.add_subplot(1, 2, place + 1)
         for row, (name, one) in enumerate(systems.items()):
-            error = [[one["top1"] - one["top1_low"]], [one["top1_high"] - one["top1"]]]
+            error = [[max(0.0, one["top1"] - one["top1_low"])], [max(0.0, one["top1_high"] - one["top1"])]]
             axes.barh(
                 row, one["top1"], xerr=error, color="#3b6ea5" if name in (*MODELS, BOTH) else "#b8b8b8", capsize=2
             )
@@ -167,7 +169,7 @@ def main() -> None:
     """Fit a system, or tell what came of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["fit", "table"])
-    parser.add_argument("systems", nargs="*", choices=[*MODELS, "baselines"])
+    parser.add_argument("systems", nargs="*", metavar="SYSTEM", help=", ".join([*MODELS, "baselines"]))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", nargs="*", default=[], help="changes to the configuration, key=value")
     options = parser.parse_args()
