@@ -11,6 +11,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from ftw.map.growing.rows import Rows
 from ftw.map.growing.store import GrowingEncyclopedia
 from ftw.map.growing.writing import WritingConfig
 from ftw.map.training.interpreter import InterpreterFit, read_logits, train_interpreter
-from ftw.map.training.interpreter_data import DEV
+from ftw.map.training.interpreter_data import DEV, InterpreterRows
 from ftw.map.training.interpreter_task import InterpreterTrainingConfig
 from ftw.map.wordnet import WordNet
 from ftw.substrate.sources import fetch
@@ -97,7 +98,7 @@ def choices(growing: GrowingEncyclopedia, study: Study, path: Path) -> dict[str,
     return found
 
 
-def compare(study: Study, folder: Path) -> dict[str, object]:
+def compare(study: Study, folder: Path) -> dict[str, Any]:
     """Top-1 and top-5 of every arm, on named and unnamed tests, over all concepts and over the least certain ones."""
     with GrowingEncyclopedia.open(folder) as growing:
         chosen = {"none": [], **json.loads((folder / "choices.json").read_text())}
@@ -116,16 +117,16 @@ def compare(study: Study, folder: Path) -> dict[str, object]:
         return {"texts": counts, "figures": _figures(hits, chosen, test, study)}
 
 
-def _hits(reader: Interpreter, tests: object) -> np.ndarray:
+def _hits(reader: Interpreter, tests: InterpreterRows) -> np.ndarray:
     """Whether the concept is the first, and among the first five, [2, S]."""
-    logits_SN, label_S = read_logits(reader, tests), tests.labels_S  # type: ignore[attr-defined, arg-type]
+    logits_SN, label_S = read_logits(reader, tests), tests.labels_S
     rank_S = (logits_SN > logits_SN.gather(1, label_S[:, None])).sum(1).numpy()
     return np.stack([rank_S < 1, rank_S < 5]).astype(np.float64)
 
 
-def _figures(hits: dict[str, np.ndarray], chosen: dict[str, list[int]], test: object, study: Study) -> list[dict]:
+def _figures(hits: dict[str, np.ndarray], chosen: dict[str, list[int]], test: Rows, study: Study) -> list[dict]:
     """Each arm's share of hits, and its difference from chance's, with intervals over concepts."""
-    concept_S, named_S = test.concept, test.named  # type: ignore[attr-defined]
+    concept_S, named_S = test.concept, test.named
     random, found = np.random.default_rng(1), []
     for group in ("all", *ARMS[2:]):
         wanted = np.arange(study.num) if group == "all" else np.array(sorted(chosen[group]))
@@ -177,7 +178,7 @@ def main() -> None:
     found = compare(study, folder)
     if words.json:
         words.json.write_text(json.dumps(found, indent=1) + "\n")
-    for row in found["figures"]:  # type: ignore[union-attr, attr-defined]
+    for row in found["figures"]:
         print(row["concepts"], row["tests"], row["arm"], row["figure"], row["share"], row["over_random"])
 
 
