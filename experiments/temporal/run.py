@@ -147,7 +147,7 @@ def tell(options: argparse.Namespace) -> None:
         marks = test_marks(store)
     whole = {name: arrays["whole"] for name, arrays in kept.items()}
     whole |= {f"{name} shuffled": arrays["shuffled"] for name, arrays in kept.items() if "shuffled" in arrays}
-    reference = f"{BASELINE}-{options.layers[0]}"
+    reference = options.reference
     systems = {reference: whole[reference], **whole}
     found = accuracies(systems, **marks, draws=DRAWS)
     Console(width=150).print(accuracy_table(found, facts, reference))
@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tag", default="", help="of a variant, for its name")
     parser.add_argument("--shuffled", action="store_true", help="also train on shuffled labels")
+    parser.add_argument("--reference", default=f"{BASELINE}-26", help="what all others are compared with")
     parser.add_argument("--cuts", type=int, nargs="*", default=[], help="also read the first so many tokens")
     options = parser.parse_args()
     {"fit": fit, "words": words, "tell": tell}[options.action](options)
