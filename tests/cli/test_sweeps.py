@@ -57,8 +57,8 @@ def test_a_sweep_runs_its_trials_tells_them_in_one_table_and_goes_on(toy: ToyRun
 def test_the_table_of_trials_goes_to_wandb_offline(toy: ToyRun, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    sweep(toy, "logged", "hydra.sweeper.num_trials=1", "hydra.sweeper.wandb=ftw")
-    (run,) = Path("logged", "wandb").glob("offline-*")
+    sweep(toy, "told", "hydra.sweeper.num_trials=1", "hydra.sweeper.wandb=ftw")
+    (run,) = Path("told", "wandb").glob("offline-*")
     assert list(run.rglob("*.table.json"))
 
 
