@@ -235,11 +235,15 @@ def test_ctrl_c_while_training_names_the_checkpoint_to_go_on_from(toy: ToyRun):
     forever = ["trainer.max_epochs=1000000", "map.training.patience=1000000", "hat/lens=mlp", "hydra.run.dir=stopped"]
     words = [sys.executable, "-m", "ftw", "train", *toy.training, *forever]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (toy.folder / "stopped/checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        os.kill(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 120
+            while not (toy.folder / "stopped/checkpoints/last.ckpt").is_file():
+                assert time.monotonic() < deadline, "no checkpoint within two minutes"
+                time.sleep(0.1)
+            os.kill(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # it would train for ever
     assert process.returncode == 130
     assert "resume=stopped/checkpoints/last.ckpt" in err
     assert "Traceback" not in err
