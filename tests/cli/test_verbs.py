@@ -233,7 +233,9 @@ def test_the_command_ends_quietly_when_its_reader_has_seen_enough(toy: ToyRun):
 
 def test_ctrl_c_while_training_names_the_checkpoint_to_go_on_from(toy: ToyRun):
     forever = ["trainer.max_epochs=1000000", "map.training.patience=1000000", "hat/lens=mlp", "hydra.run.dir=stopped"]
-    words = [sys.executable, "-m", "ftw", "train", *toy.training, *forever]
+    # Who starts the tests in the background has them ignore Ctrl-C, and every child with them.
+    heeding = "import signal; from ftw.__main__ import main; signal.signal(signal.SIGINT, signal.SIG_DFL); main()"
+    words = [sys.executable, "-c", heeding, "train", *toy.training, *forever]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 120
