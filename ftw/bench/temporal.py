@@ -20,6 +20,7 @@ from ftw.hat.linear import LinearHead
 from ftw.hat.store import LensStack
 from ftw.hat.temporal.recurrent import RecurrentHead
 from ftw.hat.temporal.sequence import lenses_at_once
+from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
 from ftw.hat.temporal.windows import WindowReader
 from ftw.substrate.taps import cpu_has_bfloat16
@@ -53,11 +54,14 @@ def _training(watch: Stopwatch, width: int, units: int, *, basis: bool) -> Row:
     alone = torch.optim.AdamW(single.parameters(), fused=True)
     x_BTD = torch.randn(BATCH, TOKENS, single.input_size, device=watch.device)
 
+    def gradients(place: int) -> int:
+        optimizers[place].zero_grad()
+        parts[place](own[place]).square().sum().backward()
+        return place
+
     def together() -> None:
-        for part, optimizer, x_nBTD in zip(parts, optimizers, own, strict=True):
-            optimizer.zero_grad()
-            part(x_nBTD).square().sum().backward()
-            optimizer.step()
+        for place in side_by_side(gradients, range(len(parts)), watch.device):
+            optimizers[place].step()
 
     def one_by_one() -> None:
         for _ in range(num):

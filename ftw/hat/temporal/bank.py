@@ -6,7 +6,7 @@ calibration. `tokens` and `pooled` keep apart what is done once a token and once
 Axes: N lenses, B sequences, T tokens, L layers, D model width, W what a head reads of a token, X leading axis of parts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from ftw.hat.bank import LensBank, normalise
 from ftw.hat.basis import Basis
 from ftw.hat.readout import Readable
 from ftw.hat.temporal.sequence import SequenceHead, lenses_at_once
+from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
 
 POOLS = ("mean", "max", "last")
@@ -107,14 +108,8 @@ class SequenceBank(nn.Module):
         if self.trunk is not None:
             return self.pooled([self.trunk.tokens(x_BTLW)], lengths_B)
         # Lens by lens, not token by token: what a part of the lenses makes of all tokens stays in the cache.
-        parts = []
-        for part in self._parts(batch, num_tokens):
-            total_Bn = self.lenses.offset[part]
-            for layer, head in enumerate(self._heads(part)):
-                logits_Bn = head(x_BTLW[:, :, layer], lengths_B.clamp_min(1))
-                total_Bn = total_Bn + self.lenses.scale[layer, part] * logits_Bn
-            parts.append(total_Bn)
-        return _gaps(torch.cat(parts, dim=1), lengths_B)
+        lengths_B1 = lengths_B.clamp_min(1)
+        return self._decided(batch, num_tokens, lengths_B, lambda head, layer, _: head(x_BTLW[:, :, layer], lengths_B1))
 
     def tokens(self, states_BTLD: Tensor, /) -> list[Tensor]:
         """What windows need of each token, computed once however many windows it stands in: [X, B, T, F] each."""
@@ -131,13 +126,26 @@ class SequenceBank(nn.Module):
         lengths_B1 = lengths_B.clamp_min(1)
         if self.trunk is not None:
             return _gaps(self.lenses.logits(self.trunk.pooled(parts_XBTF[0], lengths_B1)), lengths_B)
-        parts = []
-        for part in self._parts(*parts_XBTF[0].shape[1:3]):
+        batch, num_tokens = parts_XBTF[0].shape[1:3]
+        return self._decided(
+            batch,
+            num_tokens,
+            lengths_B,
+            lambda head, layer, part: head.pooled(parts_XBTF[layer][part], lengths_B1),
+        )
+
+    def _decided(
+        self, batch: int, num_tokens: int, lengths_B: Tensor, read: Callable[[SequenceHead, int, slice], Tensor]
+    ) -> Tensor:
+        """Calibrated logits [B, N] of what `read` gives for a part of the lenses on one layer."""
+
+        def total(part: slice) -> Tensor:
             total_Bn = self.lenses.offset[part]
             for layer, head in enumerate(self._heads(part)):
-                logits_Bn = head.pooled(parts_XBTF[layer][part], lengths_B1)
-                total_Bn = total_Bn + self.lenses.scale[layer, part] * logits_Bn
-            parts.append(total_Bn)
+                total_Bn = total_Bn + self.lenses.scale[layer, part] * read(head, layer, part)
+            return total_Bn
+
+        parts = list(side_by_side(total, self._parts(batch, num_tokens), lengths_B.device))
         return _gaps(torch.cat(parts, dim=1), lengths_B)
 
     def _heads(self, part: slice) -> list[SequenceHead]:

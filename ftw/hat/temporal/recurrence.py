@@ -48,8 +48,7 @@ def states_of(
     dtype = x_NBTW.dtype
     x_N2BTW = torch.stack([x_NBTW, x_NBTW.flip(2)], dim=1)
     x_MTBW = x_N2BTW.flatten(0, 1).transpose(1, 2)
-    factors = x_MTBW.flatten(1, 2), w_ih_N2GW.flatten(0, 1).to(dtype).transpose(1, 2)
-    fed_MSG = torch.baddbmm(bias_N2G.flatten(0, 1).unsqueeze(1).to(dtype), *factors)
+    fed_MSG: Any = _Fed.apply(x_MTBW.flatten(1, 2), w_ih_N2GW.flatten(0, 1).to(dtype), bias_N2G.flatten(0, 1).to(dtype))
     return _run(fed_MSG.unflatten(1, x_MTBW.shape[1:3]), w_hh_N2GH, bias_n_N2H, lengths)
 
 
@@ -80,6 +79,24 @@ def _steps(fed_MTBG: Tensor, lengths: Tensor | None) -> Steps:
 def _weight_gradient(grad_MTBG: Tensor, before_MTBH: Tensor) -> Tensor:
     """Gradient of the recurrent weights: every gate's gradient with the state before it, summed over steps at once."""
     return torch.bmm(grad_MTBG.flatten(1, 2).transpose(1, 2), before_MTBH.flatten(1, 2))
+
+
+class _Fed(Function):
+    """x W^T + b of every network, [M, S, G], S being all tokens of all sequences.
+
+    torch's own way back gives the weights' gradient transposed; to turn it costs as much as to compute it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_MSW: Tensor, w_MGW: Tensor, bias_MG: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MSW, w_MGW)
+        return torch.baddbmm(bias_MG.unsqueeze(1), x_MSW, w_MGW.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x_MSW, w_MGW = ctx.saved_tensors
+        d_x_MSW = torch.bmm(grads[0], w_MGW) if ctx.needs_input_grad[0] else None
+        return d_x_MSW, torch.bmm(grads[0].transpose(1, 2), x_MSW), grads[0].sum(1)
 
 
 class _LSTM(Function):

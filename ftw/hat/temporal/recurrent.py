@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ftw.hat.temporal.recurrence import final_states, states_of
-from ftw.hat.temporal.sequence import SequenceHead, read_in, token_product, uniform
+from ftw.hat.temporal.sequence import SequenceHead, dropped, read_in, token_product, uniform
 
 GATES = {"lstm": 4, "gru": 3}
 
@@ -59,7 +59,8 @@ class RecurrentHead(SequenceHead):
         return self._decide(last_states(tokens_NBTF, self.w_hh, self.bias_n, lengths))
 
     def _decide(self, state_NBH: Tensor) -> Tensor:
-        state_NBH = torch.nn.functional.dropout(state_NBH, self.dropout, self.training)
+        if self.training and self.dropout:
+            state_NBH = dropped(state_NBH, self.dropout, self.draws)
         return torch.einsum("nbh,nh->bn", state_NBH, self.w_out.float()) + self.b_out
 
     def empty(self, num_lenses: int) -> "RecurrentHead":

@@ -26,6 +26,7 @@ class SequenceHead(Head):
 
     token_bytes: int  # memory that a lens needs for a token while it reads
     step_bytes = 0  # weights of a lens that every step reads again
+    draws: torch.Generator | None = None  # what dropout draws from; None: torch's own
 
     def forward(self, x_BW: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Logit of every lens for every sequence: [B, N], float32.
@@ -100,6 +101,11 @@ def token_product(x: Tensor, weight_NFW: Tensor, bias_NF: Tensor | None = None) 
 def read_in(x: Tensor, weight: Tensor) -> torch.dtype:
     """What states and weights are multiplied in: bfloat16 if either is."""
     return torch.bfloat16 if torch.bfloat16 in (x.dtype, weight.dtype) else torch.float32
+
+
+def dropped(x: Tensor, share: float, draws: torch.Generator | None) -> Tensor:
+    """Dropout that can draw from a generator of its own, so that parts trained side by side do not mix their draws."""
+    return x * torch.empty_like(x).bernoulli_(1 - share, generator=draws) / (1 - share)
 
 
 def beyond(lengths: Tensor | None, num_tokens: int) -> Tensor | None:

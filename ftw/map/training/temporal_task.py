@@ -21,6 +21,7 @@ from ftw.errors import ConfigError
 from ftw.hat.lens import Head, HeadConfig
 from ftw.hat.temporal.families import UNITS
 from ftw.hat.temporal.sequence import SequenceHead, lenses_at_once
+from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
 from ftw.map.training.sequence_data import SequencePool, key_of
 
@@ -115,35 +116,50 @@ class SequenceTask(pl.LightningModule):
         optimizers: Any = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         # Dropout draws by seed and step alone, so that a resumed run drops what an unbroken one dropped.
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.seed * 1_000_003 + self.current_epoch * 10_007 + batch_idx)
-            total = (
-                self._shared_step(batch[0], optimizers[0])
-                if self.trunk is not None
-                else self._own_step(batch, optimizers)
-            )
+        seed = self.seed * 1_000_003 + self.current_epoch * 10_007 + batch_idx
+        if self.trunk is None:
+            total = self._own_step(batch, optimizers, seed)
+        else:
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                total = self._shared_step(batch[0], optimizers[0])
         scale = 1 / (len(self.pool.layers) * len(self.pool.names))
         self.log("train/loss", total * scale, on_epoch=True, on_step=False, batch_size=1)
 
-    def _own_step(self, rows_NB: Tensor, optimizers: list[Any]) -> Tensor:
-        """Each lens on its own answers; a part of the lenses at a time."""
-        total = torch.zeros((), device=self.device)
-        for place, part in enumerate(self.slices):
-            used_nB = rows_NB[part] >= 0
-            rows_nB = rows_NB[part].clamp_min(0)
-            if not used_nB.any() or not self.waiting[:, part].any():
-                continue
-            loss = torch.zeros((), device=self.device)
-            for layer, head in enumerate(_layers(self.parts[place])):
-                x_nBTW, lengths_nB = self.pool.read(rows_nB, layer)
-                logits_nB = _sequence_head(head)(x_nBTW, lengths_nB.clamp_min(1)).T
-                loss = loss + (self._losses(logits_nB, rows_nB, part) * used_nB).sum()
+    def _own_step(self, rows_NB: Tensor, optimizers: list[Any], seed: int) -> Tensor:
+        """Each lens on its own answers; a part of the lenses at a time, on a CPU one on every core."""
+        places = [
+            place
+            for place, part in enumerate(self.slices)
+            if (rows_NB[part] >= 0).any() and self.waiting[:, part].any()
+        ]
+
+        def gradients(place: int) -> Tensor:
             optimizers[place].zero_grad()
-            self.manual_backward(loss * self._num_batches)
+            loss = self._own_loss(place, rows_NB[self.slices[place]], seed) * self._num_batches
+            # No loss is scaled on a CPU, and Lightning's hooks are not made for several threads.
+            loss.backward() if self.device.type == "cpu" else self.manual_backward(loss)
             self._clip(_layers(self.parts[place]))
+            return loss.detach()
+
+        total = torch.zeros((), device=self.device)
+        for place, loss in zip(places, side_by_side(gradients, places, self.device), strict=True):
             optimizers[place].step()
-            total += loss.detach() * self._num_batches
+            total += loss
         return total
+
+    def _own_loss(self, place: int, rows_nB: Tensor, seed: int) -> Tensor:
+        """Loss of a part of the lenses, all layers together."""
+        part, used_nB = self.slices[place], rows_nB >= 0
+        rows_nB = rows_nB.clamp_min(0)
+        loss = torch.zeros((), device=self.device)
+        for layer, head in enumerate(_layers(self.parts[place])):
+            sequence_head = _sequence_head(head)
+            sequence_head.draws = torch.Generator(self.device).manual_seed((seed * 1_009 + place) * 101 + layer)
+            x_nBTW, lengths_nB = self.pool.read(rows_nB, layer)
+            logits_nB = sequence_head(x_nBTW, lengths_nB.clamp_min(1)).T
+            loss = loss + (self._losses(logits_nB, rows_nB, part) * used_nB).sum()
+        return loss
 
     def _shared_step(self, rows_B: Tensor, optimizer: Any) -> Tensor:
         """All lenses on the same answers, behind the trunk."""
@@ -228,14 +244,15 @@ class SequenceTask(pl.LightningModule):
             rows_R, place_NK = rows_NK.unique(return_inverse=True)
             logits_LRN = torch.cat([self._trunk_logits(part, trunk, parts[0]) for part in rows_R.split(512)], dim=1)
             return logits_LRN.transpose(1, 2).gather(2, place_NK.expand(len(logits_LRN), -1, -1))
-        logits = []
-        for place, part in enumerate(self.slices):
+
+        def read(place: int) -> Tensor:
             layers = []
             for layer, head in enumerate(parts[place]):
-                x_nKTW, lengths_nK = self.pool.read(rows_NK[part], layer)
+                x_nKTW, lengths_nK = self.pool.read(rows_NK[self.slices[place]], layer)
                 layers.append(_sequence_head(head)(x_nKTW, lengths_nK.clamp_min(1)).T)
-            logits.append(torch.stack(layers))
-        return torch.cat(logits, dim=1)
+            return torch.stack(layers)
+
+        return torch.cat(list(side_by_side(read, range(len(self.slices)), rows_NK.device)), dim=1)
 
     def configure_optimizers(self) -> Any:
         options: dict[str, Any] = {
