@@ -19,7 +19,7 @@ from ftw.hat.lens import Head
 from ftw.hat.linear import LinearHead
 from ftw.hat.store import LensStack
 from ftw.hat.temporal.recurrent import RecurrentHead
-from ftw.hat.temporal.sequence import lenses_at_once
+from ftw.hat.temporal.sequence import TRAINED_BYTES, lenses_at_once
 from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
 from ftw.hat.temporal.windows import WindowReader
@@ -44,7 +44,7 @@ def temporal_rows(watch: Stopwatch) -> Iterator[Row]:
 def _training(watch: Stopwatch, width: int, units: int, *, basis: bool) -> Row:
     """A step of many lenses together, each on answers of its own, against one after the other with nn.LSTM."""
     num, dtype = watch.size(TRAINED, 2), _dtype(watch)
-    at_once = lenses_at_once(RecurrentHead(num, width, hidden=units), BATCH, TOKENS)
+    at_once = lenses_at_once(RecurrentHead(num, width, hidden=units), BATCH, TOKENS, cached_bytes=TRAINED_BYTES)
     parts = [
         RecurrentHead(min(at_once, num - at), width, hidden=units).to(watch.device) for at in range(0, num, at_once)
     ]

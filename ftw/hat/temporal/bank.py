@@ -16,7 +16,7 @@ from ftw.errors import ConfigError, SubstrateError
 from ftw.hat.bank import LensBank, normalise
 from ftw.hat.basis import Basis
 from ftw.hat.readout import Readable
-from ftw.hat.temporal.sequence import SequenceHead, lenses_at_once
+from ftw.hat.temporal.sequence import READ_BYTES, SequenceHead, lenses_at_once
 from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
 
@@ -109,7 +109,11 @@ class SequenceBank(nn.Module):
             return self.pooled([self.trunk.tokens(x_BTLW)], lengths_B)
         # Lens by lens, not token by token: what a part of the lenses makes of all tokens stays in the cache.
         lengths_B1 = lengths_B.clamp_min(1)
-        return self._decided(batch, num_tokens, lengths_B, lambda head, layer, _: head(x_BTLW[:, :, layer], lengths_B1))
+
+        def read(head: SequenceHead, layer: int, _: slice) -> Tensor:
+            return head(x_BTLW[:, :, layer], lengths_B1)
+
+        return _gaps(self.decided(self.parts(batch, num_tokens), lengths_B.device, read), lengths_B)
 
     def tokens(self, states_BTLD: Tensor, /) -> list[Tensor]:
         """What windows need of each token, computed once however many windows it stands in: [X, B, T, F] each."""
@@ -119,41 +123,42 @@ class SequenceBank(nn.Module):
             x = self.basis(normed_BTLD.flatten(0, 1)).unflatten(0, normed_BTLD.shape[:2])
         if self.trunk is not None:
             return [self.trunk.tokens(x)]
-        return [head.tokens(x[:, :, layer]) for layer, head in enumerate(self._heads(slice(0, len(self))))]
+        return [head.tokens(x[:, :, layer]) for layer, head in enumerate(self.heads(slice(0, len(self))))]
 
     def pooled(self, parts_XBTF: list[Tensor], lengths_B: Tensor, /) -> Tensor:
         """Logits of sequences or windows, [B, N], from what `tokens` gave."""
         lengths_B1 = lengths_B.clamp_min(1)
         if self.trunk is not None:
             return _gaps(self.lenses.logits(self.trunk.pooled(parts_XBTF[0], lengths_B1)), lengths_B)
-        batch, num_tokens = parts_XBTF[0].shape[1:3]
-        return self._decided(
-            batch,
-            num_tokens,
-            lengths_B,
-            lambda head, layer, part: head.pooled(parts_XBTF[layer][part], lengths_B1),
-        )
 
-    def _decided(
-        self, batch: int, num_tokens: int, lengths_B: Tensor, read: Callable[[SequenceHead, int, slice], Tensor]
+        def read(head: SequenceHead, layer: int, part: slice) -> Tensor:
+            return head.pooled(parts_XBTF[layer][part], lengths_B1)
+
+        return _gaps(self.decided(self.parts(*parts_XBTF[0].shape[1:3]), lengths_B.device, read), lengths_B)
+
+    def decided(
+        self, parts: list[slice], device: torch.device, read: Callable[[SequenceHead, int, slice], Tensor]
     ) -> Tensor:
         """Calibrated logits [B, N] of what `read` gives for a part of the lenses on one layer."""
 
         def total(part: slice) -> Tensor:
             total_Bn = self.lenses.offset[part]
-            for layer, head in enumerate(self._heads(part)):
+            for layer, head in enumerate(self.heads(part)):
                 total_Bn = total_Bn + self.lenses.scale[layer, part] * read(head, layer, part)
             return total_Bn
 
-        parts = list(side_by_side(total, self._parts(batch, num_tokens), lengths_B.device))
-        return _gaps(torch.cat(parts, dim=1), lengths_B)
+        return torch.cat(list(side_by_side(total, parts, device)), dim=1)
 
-    def _heads(self, part: slice) -> list[SequenceHead]:
+    def heads(self, part: slice) -> list[SequenceHead]:
+        """Heads of some lenses, one a layer; none behind a trunk."""
         heads = [head.part(part.start, part.stop) for head in self.lenses.filled]
         return [head for head in heads if isinstance(head, SequenceHead)]
 
-    def _parts(self, batch: int, num_tokens: int) -> list[slice]:
-        at_once = min(lenses_at_once(head, batch, num_tokens) for head in self._heads(slice(0, len(self))))
+    def parts(self, batch: int, num_tokens: int) -> list[slice]:
+        """Lenses in parts that are read at once."""
+        at_once = min(
+            lenses_at_once(head, batch, num_tokens, cached_bytes=READ_BYTES) for head in self.heads(slice(0, len(self)))
+        )
         return [slice(at, min(at + at_once, len(self))) for at in range(0, len(self), at_once)]
 
     def _checked(self, states_BTLD: Tensor) -> Tensor:

@@ -52,15 +52,38 @@ def states_of(
     return _run(fed_MSG.unflatten(1, x_MTBW.shape[1:3]), w_hh_N2GH, bias_n_N2H, lengths)
 
 
+def moved_on(fed_NBTG: Tensor, w_hh_NGH: Tensor, bias_n_NH: Tensor | None, state_SNBH: Tensor | None) -> Tensor:
+    """States of one direction after some more tokens, [S, N, B, H] in float32; None for the state before is zero.
+
+    S is 2 for an LSTM, hidden state and cell, and 1 for a GRU. Every sequence has all the tokens. Nothing is
+    differentiated.
+    """
+    fed_NTBG = fed_NBTG.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        return _moved(fed_NTBG, w_hh_NGH.to(fed_NTBG.dtype), bias_n_NH, [None] * fed_NTBG.shape[1], state_SNBH)
+
+
 def _run(fed_MTBG: Tensor, w_hh_N2GH: Tensor, bias_n_N2H: Tensor | None, lengths: Tensor | None) -> Tensor:
     """Last states from what the gates are fed, step after step; the LSTM overwrites it."""
     num_lenses = len(w_hh_N2GH)
     steps, w_hh_MGH = _steps(fed_MTBG, lengths), w_hh_N2GH.to(fed_MTBG.dtype).flatten(0, 1)
-    if bias_n_N2H is None:
-        state_MBH: Any = _LSTM.apply(fed_MTBG, w_hh_MGH, steps)
-    else:
-        state_MBH = _GRU.apply(fed_MTBG, w_hh_MGH, bias_n_N2H.float().flatten(0, 1), steps)
+    bias_n_MH = None if bias_n_N2H is None else bias_n_N2H.flatten(0, 1)
+    state_MBH = _moved(fed_MTBG, w_hh_MGH, bias_n_MH, steps)[0]
     return state_MBH.unflatten(0, (num_lenses, 2)).transpose(1, 2).flatten(2)
+
+
+def _moved(
+    fed_MTBG: Tensor, w_hh_MGH: Tensor, bias_n_MH: Tensor | None, steps: Steps, state_SMBH: Tensor | None = None
+) -> Tensor:
+    """The state after all steps, [S, M, B, H] in float32: hidden, and for an LSTM the cell, which has no gradient."""
+    if state_SMBH is None:
+        size = 2 if bias_n_MH is None else 1, len(fed_MTBG), fed_MTBG.shape[2], w_hh_MGH.shape[-1]
+        state_SMBH = torch.zeros(size, device=fed_MTBG.device)
+    if bias_n_MH is None:
+        states: Any = _LSTM.apply(fed_MTBG, w_hh_MGH, steps, state_SMBH)
+        return torch.stack(states)
+    hidden: Any = _GRU.apply(fed_MTBG, w_hh_MGH, bias_n_MH.float(), steps, state_SMBH[0])
+    return hidden.unsqueeze(0)
 
 
 def _steps(fed_MTBG: Tensor, lengths: Tensor | None) -> Steps:
@@ -103,41 +126,35 @@ class _LSTM(Function):
     """Overwrites what it is fed with the gates: nothing else holds it, and no backward pass before it needs it."""
 
     @staticmethod
-    def forward(ctx: Any, fed_MTBG: Tensor, w_hh_MGH: Tensor, steps: Steps) -> Tensor:
-        (num, tokens, batch), units = fed_MTBG.shape[:3], w_hh_MGH.shape[-1]
-        training = any(ctx.needs_input_grad)
-        kept, states = (tokens, tokens + 1) if training else (1, 1)  # only the way back needs every step
-        gates_all = fed_MTBG.detach()
-
-        def room(slots: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(num, slots, batch, units, dtype=dtype, device=fed_MTBG.device)
-
-        squashed_all, hidden_all = room(kept, fed_MTBG.dtype), room(states, fed_MTBG.dtype)
-        cell_all = room(states, torch.float32)  # a sum over all steps: bfloat16 would lose the small terms
-        hidden_all[:, 0], cell_all[:, 0] = 0, 0
-        for step, moves in enumerate(steps):
-            now, after = (step, step + 1) if training else (0, 0)
-            hidden, cell = hidden_all[:, now], cell_all[:, now]
-            gates = gates_all[:, step].baddbmm_(hidden, w_hh_MGH.transpose(1, 2))
-            gates[..., : 2 * units].sigmoid_()
-            gates[..., 2 * units : 3 * units].tanh_()
-            gates[..., 3 * units :].sigmoid_()
-            put, keep, new, out = gates.chunk(4, dim=-1)
+    def forward(
+        ctx: Any, fed_MTBG: Tensor, w_hh_MGH: Tensor, steps: Steps, state_SMBH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        units, training = w_hh_MGH.shape[-1], any(ctx.needs_input_grad)
+        # The cell is a sum over all steps: bfloat16 would lose the small terms.
+        (hidden, cell), weight = (state_SMBH[0].to(fed_MTBG.dtype), state_SMBH[1]), w_hh_MGH.transpose(1, 2)
+        kept = [hidden], [cell], list[Tensor]()  # only the way back needs every step
+        for gates, moves in zip(fed_MTBG.detach().unbind(1), steps, strict=True):
+            gates.baddbmm_(hidden, weight)
+            new = gates[..., 2 * units : 3 * units].tanh()
+            put, keep, by_new, out = gates.sigmoid_().chunk(4, dim=-1)
             next_cell = torch.addcmul(cell * keep, put.float(), new.float())
-            squashed = squashed_all[:, now].copy_(next_cell).tanh_()
-            if moves is None:
-                cell_all[:, after] = next_cell
-                torch.mul(out, squashed, out=hidden_all[:, after])
-            else:
-                cell_all[:, after] = torch.where(moves, next_cell, cell)
-                hidden_all[:, after] = torch.where(moves, out * squashed, hidden)
+            squashed = next_cell.tanh().to(gates.dtype)
+            next_hidden = out * squashed
+            hidden = next_hidden if moves is None else torch.where(moves, next_hidden, hidden)
+            cell = next_cell if moves is None else torch.where(moves, next_cell, cell)
+            if training:
+                by_new.copy_(new)
+                for states, state in zip(kept, (hidden, cell, squashed), strict=True):
+                    states.append(state)
         if training:
-            ctx.save_for_backward(w_hh_MGH, gates_all, squashed_all, hidden_all, cell_all)
+            hidden_all, cell_all, squashed_all = (torch.stack(states, dim=1) for states in kept)
+            ctx.save_for_backward(w_hh_MGH, fed_MTBG.detach(), squashed_all, hidden_all, cell_all)
             ctx.steps = steps
-        return hidden_all[:, -1].float()
+        ctx.mark_non_differentiable(cell)
+        return hidden.float(), cell
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         w_hh_MGH, gates_all, squashed_all, hidden_all, cell_all = ctx.saved_tensors
         d_hidden, dtype = grads[0], gates_all.dtype
         d_cell = torch.zeros_like(d_hidden)
@@ -157,7 +174,7 @@ class _LSTM(Function):
             d_before = torch.bmm(d_gates, w_hh_MGH).float()
             d_hidden = d_before if moves is None else torch.where(moves, d_before, d_hidden)
             d_cell = d_kept
-        return d_all, _weight_gradient(d_all, hidden_all[:, :-1]), None
+        return d_all, _weight_gradient(d_all, hidden_all[:, :-1]), None, None
 
 
 def _slopes(gates_all: Tensor, squashed_all: Tensor, cell_all: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,9 +192,10 @@ def _slopes(gates_all: Tensor, squashed_all: Tensor, cell_all: Tensor) -> tuple[
 
 class _GRU(Function):
     @staticmethod
-    def forward(ctx: Any, fed_MTBG: Tensor, w_hh_MGH: Tensor, bias_n_MH: Tensor, steps: Steps) -> Tensor:
-        (num, _, batch), units = fed_MTBG.shape[:3], w_hh_MGH.shape[-1]
-        hidden = torch.zeros(num, batch, units, device=fed_MTBG.device)
+    def forward(
+        ctx: Any, fed_MTBG: Tensor, w_hh_MGH: Tensor, bias_n_MH: Tensor, steps: Steps, hidden: Tensor
+    ) -> Tensor:
+        units = w_hh_MGH.shape[-1]
         bias_M1H, kept = bias_n_MH.unsqueeze(1), list[tuple[Tensor, ...]]()
         for step, moves in enumerate(steps):
             recurred = torch.bmm(hidden.to(fed_MTBG.dtype), w_hh_MGH.transpose(1, 2)).float()
@@ -195,7 +213,7 @@ class _GRU(Function):
         return hidden
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         (w_hh_MGH,), d_hidden, dtype = ctx.saved_tensors, grads[0], ctx.dtype
         fed_all, recurred_all = list[Tensor](), list[Tensor]()
         d_bias_MH = torch.zeros_like(d_hidden[:, 0])
@@ -214,4 +232,4 @@ class _GRU(Function):
             d_hidden = d_before if moves is None else torch.where(moves, d_before, d_hidden)
         d_fed, d_recurred = (torch.stack(parts[::-1], dim=1) for parts in (fed_all, recurred_all))
         before_all = torch.stack([kept[0].to(dtype) for kept in ctx.kept], dim=1)
-        return d_fed, _weight_gradient(d_recurred, before_all), d_bias_MH, None
+        return d_fed, _weight_gradient(d_recurred, before_all), d_bias_MH, None, None

@@ -50,15 +50,16 @@ class RecurrentHead(SequenceHead):
         if x_BW.ndim < 4:
             return super().forward(x_BW, lengths_B)
         x_NBTW = x_BW.to(read_in(x_BW, self.w_ih))
-        return self._decide(states_of(x_NBTW, self.w_ih, self.bias, self.w_hh, self.bias_n, lengths_B))
+        return self.decide(states_of(x_NBTW, self.w_ih, self.bias, self.w_hh, self.bias_n, lengths_B))
 
     def tokens(self, x: Tensor) -> Tensor:
         return fed_tokens(x, self.w_ih, self.bias)
 
     def pooled(self, tokens_NBTF: Tensor, lengths: Tensor | None = None) -> Tensor:
-        return self._decide(last_states(tokens_NBTF, self.w_hh, self.bias_n, lengths))
+        return self.decide(last_states(tokens_NBTF, self.w_hh, self.bias_n, lengths))
 
-    def _decide(self, state_NBH: Tensor) -> Tensor:
+    def decide(self, state_NBH: Tensor) -> Tensor:
+        """Logits [B, N] of the last states of both directions."""
         if self.training and self.dropout:
             state_NBH = dropped(state_NBH, self.dropout, self.draws)
         return torch.einsum("nbh,nh->bn", state_NBH, self.w_out.float()) + self.b_out

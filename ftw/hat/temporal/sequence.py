@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ftw.errors import ConfigError
 from ftw.hat.lens import Head
 
-# Of what lenses read at once make of the tokens, and of their recurrent weights, which every step reads again: parts
-# that leave the cache take twice as long (`ftw bench temporal`).
-BUDGET_BYTES, CACHED_BYTES = 2**25, 2**22
+# Of what lenses at once make of the tokens, and of their recurrent weights, which every step reads again. In training
+# parts that leave a core's cache take twice as long; in reading a step is short, and few large ones are faster.
+BUDGET_BYTES, TRAINED_BYTES, READ_BYTES = 2**25, 2**22, 2**24
 Own = TypeVar("Own", bound="SequenceHead")
 
 
@@ -115,10 +115,12 @@ def beyond(lengths: Tensor | None, num_tokens: int) -> Tensor | None:
     return torch.arange(num_tokens, device=lengths.device) >= lengths.view(-1, lengths.shape[-1], 1)
 
 
-def lenses_at_once(head: SequenceHead, batch: int, tokens: int, budget_bytes: int = BUDGET_BYTES) -> int:
-    """How many lenses read at once within a budget of memory, their weights within the cache; at least one."""
+def lenses_at_once(
+    head: SequenceHead, batch: int, tokens: int, *, cached_bytes: int, budget_bytes: int = BUDGET_BYTES
+) -> int:
+    """How many lenses fit a budget of memory at once, and their recurrent weights the cache; at least one."""
     by_tokens = budget_bytes // max(1, batch * tokens * head.token_bytes)
-    by_weights = CACHED_BYTES // head.step_bytes if head.step_bytes else head.num_lenses
+    by_weights = cached_bytes // head.step_bytes if head.step_bytes else head.num_lenses
     return max(1, min(head.num_lenses, by_tokens, by_weights))
 
 

@@ -23,6 +23,8 @@ class Trunk(nn.Module):
         w_ih [L, 2, G, W], w_hh [L, 2, G, H], bias [L, 2, G].
     """
 
+    bias_n = None  # of a GRU's candidate
+
     def __init__(self, num_layers: int, width: int, *, hidden: int = 256) -> None:
         super().__init__()
         self.num_layers, self.width, self.hidden = num_layers, width, hidden

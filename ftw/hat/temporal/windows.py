@@ -2,7 +2,8 @@
 
 At the start windows are truncated, as short as what there is; the end of a sequence is read whatever the stride. What
 lenses need of a token is computed once, for all tokens since the window before together; all windows that are due are
-one batch. A window is read from its own tokens alone: a recorded text and the same text live give the same logits.
+one batch, and of one that is due alone the forward direction is carried on. A window is read from its own tokens alone:
+a recorded text and the same text live give the same logits.
 
 Axes: N lenses, B sequences, t new tokens, L layers, D model width, K windows, X leading axis of parts.
 """
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ftw.errors import ConfigError
 from ftw.hat.temporal.bank import SequenceReader
+from ftw.hat.temporal.carry import Carry, carry_of
 
 TOKENS_AT_ONCE = 64  # of a long text: bounds the memory for what lenses need of each token
 
@@ -36,6 +38,7 @@ class WindowReader:
         self.calibrated = lenses.calibrated
         self.rows_of, self.rank, self.percentile = lenses.rows_of, lenses.rank, lenses.percentile
         self.background = lenses.background
+        self._carry = carry_of(lenses, window, stride)
         self.begin()
 
     def __len__(self) -> int:
@@ -49,7 +52,9 @@ class WindowReader:
         """Forget the sequences before."""
         self._states: list[Tensor] = []  # all of them: a sequence that ended between two windows is read at the end
         self._parts: list[Tensor] = []  # of the last tokens, as many as a window needs
-        self.num_tokens = self._num_prepared = 0
+        self.num_tokens = self._num_prepared = self._num_carried = 0
+        if self._carry is not None:
+            self._carry.begin()
 
     def is_end(self, num_tokens: int) -> bool:
         """Whether a window ends after so many tokens."""
@@ -71,7 +76,10 @@ class WindowReader:
             if not ends:
                 continue
             first = self._prepare()
-            read_BKN = self._read(self._parts, [(self.start(end) - first, end - first) for end in ends])
+            if len(ends) == 1 and self._carry is not None:
+                read_BKN = self._carried(self._carry, ends[0], first).unsqueeze(1)
+            else:
+                read_BKN = self._read(self._parts, [(self.start(end) - first, end - first) for end in ends])
             places = torch.tensor([at + end - before - 1 for end in ends], device=logits_BtN.device)
             logits_BtN[:, places] = read_BKN
             # The next window starts after the first of those that were due now.
@@ -96,6 +104,15 @@ class WindowReader:
             window = states_BTLD[row, self.start(lengths[row]) : lengths[row]]
             padded_BTLD[place, : len(window)] = window
         return dict(zip(rows, self.lenses.pooled(self.lenses.tokens(padded_BTLD), held), strict=True))
+
+    def _carried(self, carry: Carry, end: int, first: int) -> Tensor:
+        """Logits [B, N] of the one window that is due; `first` is the token that the parts begin with."""
+        if self._num_carried != end - self.stride:  # windows before this one were read together: catch up
+            carry.begin()
+            for at in range(self.start(end), end - self.stride, self.stride):
+                carry.move([part[:, :, at - first : at - first + self.stride] for part in self._parts])
+        self._num_carried = end
+        return carry.read([part[:, :, self.start(end) - first : end - first] for part in self._parts])
 
     def _prepare(self) -> int:
         """Bring the parts up to the newest token; returns the token that they begin with."""

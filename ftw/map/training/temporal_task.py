@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ftw.errors import ConfigError
 from ftw.hat.lens import Head, HeadConfig
 from ftw.hat.temporal.families import UNITS
-from ftw.hat.temporal.sequence import SequenceHead, lenses_at_once
+from ftw.hat.temporal.sequence import TRAINED_BYTES, SequenceHead, lenses_at_once
 from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
 from ftw.map.training.sequence_data import SequencePool, key_of
@@ -312,7 +312,7 @@ def _parts(head: HeadConfig, num: int, width: int, tokens: int, batch: int) -> l
     if not isinstance(single, SequenceHead):
         raise ConfigError(f"hat.lens.family={head.family!r} reads no sequences; use data=wordnet or data=labelled")
     single.num_lenses = num
-    at_once = lenses_at_once(single, batch, tokens)
+    at_once = lenses_at_once(single, batch, tokens, cached_bytes=TRAINED_BYTES)
     return [slice(at, min(at + at_once, num)) for at in range(0, num, at_once)]
 
 

@@ -172,10 +172,11 @@ def test_a_head_can_be_built_again_from_its_description(family: str):
 
 def test_memory_bounds_how_many_lenses_read_at_once():
     head = RecurrentHead(50, 8, hidden=16)
-    assert lenses_at_once(head, 4, 10, budget_bytes=1) == 1
-    assert lenses_at_once(head, 4, 10, budget_bytes=2**40) == 50
-    few = lenses_at_once(head, 4, 10, budget_bytes=10 * 4 * 10 * head.token_bytes)
-    assert few == 10
+    ample = 2**40
+    assert lenses_at_once(head, 4, 10, budget_bytes=1, cached_bytes=ample) == 1
+    assert lenses_at_once(head, 4, 10, budget_bytes=ample, cached_bytes=ample) == 50
+    assert lenses_at_once(head, 4, 10, budget_bytes=10 * 4 * 10 * head.token_bytes, cached_bytes=ample) == 10
+    assert lenses_at_once(head, 4, 10, budget_bytes=ample, cached_bytes=7 * head.step_bytes) == 7
 
 
 def test_precisions_that_recurrence_does_not_stand_are_refused():

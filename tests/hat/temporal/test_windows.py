@@ -36,6 +36,19 @@ def test_windows_read_live_are_those_of_the_recorded_text_read_one_by_one(family
             assert (live[:, end - 1] - alone_BN).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("family", ["lstm", "gru", "trunk_lstm"])
+@pytest.mark.parametrize("pushed", [[1] * 24, [9, 1, 1, 1, 7, 2, 1, 2], [3, 3, 2, 4, 12]])
+def test_a_forward_direction_that_is_carried_on_gives_what_each_window_gives_alone(family: str, pushed: list[int]):
+    bank, whole_BTLD = stack_of(family).sequence_bank(), states(24)
+    reader = WindowReader(bank, window=9, stride=3)
+    for _ in range(2):  # the second time nothing is left of the first
+        reader.begin()
+        live_BTN = torch.cat([reader.push(part) for part in whole_BTLD.split(pushed, dim=1)], dim=1)
+        for end in range(3, 25, 3):
+            alone_BN = bank(whole_BTLD[:, max(0, end - 9) : end])
+            assert (live_BTN[:, end - 1] - alone_BN).abs().max() < 1e-4
+
+
 def test_a_long_text_is_read_in_parts_as_in_one():
     bank = stack_of("lstm").sequence_bank()
     reader, whole_BTLD = WindowReader(bank, window=20, stride=7), states(150, batch=1)
@@ -119,8 +132,8 @@ def test_equal_states_and_single_tokens_give_finite_logits(family: str):
 def test_lenses_in_parts_read_as_all_at_once(monkeypatch: pytest.MonkeyPatch):
     bank, x_BTLD = stack_of("lstm", num=7).sequence_bank(), states(6)
     whole = bank(x_BTLD)
-    monkeypatch.setattr("ftw.hat.temporal.sequence.lenses_at_once.__defaults__", (1,))
-    assert len(bank._parts(2, 6)) == 7
+    monkeypatch.setattr("ftw.hat.temporal.bank.READ_BYTES", 1)
+    assert len(bank.parts(2, 6)) == 7
     assert (bank(x_BTLD) - whole).abs().max() < 1e-5
 
 
