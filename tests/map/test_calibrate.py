@@ -13,6 +13,7 @@ from ftw.map.calibrate import (
     background_quantiles,
     best_f1_threshold,
     fit_platt,
+    fit_platt_together,
     fpr_threshold,
     percentile,
     quantile_levels,
@@ -53,6 +54,58 @@ def test_smoothed_targets_are_those_of_lin_lin_and_weng():
     # At the optimum the gradient vanishes.
     assert abs(error.sum()) < 1e-6
     assert abs((error * logits).sum()) < 1e-4 * abs(logits).max()
+
+
+def alike(num_texts: int, num_lenses: int = 60, share: float = 0.1, seed: int = 0):
+    """Lenses of one make: the same scale and offset, few positives each."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((num_texts, num_lenses)) < share).astype(np.int8)
+    labels[:3] = 1
+    return (3 * rng.normal(size=labels.shape) + 6 * labels - 20).astype(np.float32), labels
+
+
+def test_lenses_of_one_make_are_calibrated_better_together_than_alone():
+    few, labels = alike(40)
+    many, truth = alike(4000, seed=1)
+    weights = np.ones(few.shape)
+    right = []
+    for fit in (fit_platt(few, labels, weights, prior=0.5), fit_platt_together(few, labels, weights, prior=0.5)):
+        said = fit.scale_N * many + fit.offset_N > 0
+        right.append(
+            ((said & (truth > 0)).sum(0) / truth.sum(0) + (~said & (truth < 1)).sum(0) / (truth < 1).sum(0)) / 2
+        )
+    best = 0.8413  # two normal curves two spreads apart
+    assert best - right[1].mean() < 0.01 < best - right[0].mean()
+
+
+def test_without_pull_each_lens_is_calibrated_by_its_own_texts_and_with_many_texts_the_pull_is_lost():
+    logits, labels, weights = readings(num_texts=3000)
+    own = fit_platt(logits, labels, weights, prior=0.5, smooth=False)
+    assert np.allclose(fit_platt_together(logits, labels, weights, prior=0.5, pull=0).scale_N, own.scale_N, rtol=1e-3)
+    logits, labels = alike(3000)
+    logits[:, :30] -= 3
+    together = fit_platt_together(logits, labels, np.ones(logits.shape), prior=0.5)
+    middle = -together.offset_N / together.scale_N
+    assert np.abs(middle - np.where(np.arange(60) < 30, -20, -17)).max() < 1
+
+
+def test_a_strong_pull_gives_all_lenses_one_scale_and_offset():
+    logits, labels = alike(50)
+    fit = fit_platt_together(logits, labels, np.ones(logits.shape), prior=0.5, pull=1e9)
+    assert np.ptp(fit.scale_N) < 1e-6
+    assert np.ptp(fit.offset_N) < 1e-5
+
+
+def test_a_lens_of_one_class_is_marked_and_moves_no_other():
+    logits, labels = alike(50)
+    weights = np.ones(logits.shape)
+    without = fit_platt_together(logits[:, 1:], labels[:, 1:], weights[:, 1:], prior=0.5)
+    labels[:, 0], logits[7, 0] = 0, np.nan
+    fit = fit_platt_together(logits, labels, weights, prior=0.5)
+    assert not fit.fitted_N[0]
+    assert (fit.scale_N[0], fit.offset_N[0]) == (1, 0)
+    assert np.allclose(fit.scale_N[1:], without.scale_N)
+    assert np.allclose(fit.offset_N[1:], without.offset_N)
 
 
 def test_weights_count_by_their_ratios_and_a_doubled_weight_is_a_doubled_text():

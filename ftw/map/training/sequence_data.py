@@ -1,13 +1,14 @@
 """The pool that sequence lenses train on: token states of sampled answers, with their marks.
 
 States are standardised over the training tokens, or projected onto the shared basis and standardised there. Each lens
-draws its own answers from the pool, so that nothing is multiplied for pairs that have no mark.
+draws its own answers from the pool, so that nothing is multiplied for pairs that have no mark; of many negatives it
+reads as many in an epoch as it has positives, and the next ones in the next epoch.
 
 Axes: S answers, N lenses, T tokens, L layers, W input width, K rows of a lens, B rows of a batch.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,6 +82,39 @@ class SequencePool:
         most = int(used_NS.sum(1).max()) if used_NS.any() else 0
         order_NS = (~used_NS).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
         return order_NS.masked_fill(~used_NS.gather(1, order_NS), -1)
+
+    def rows_of_epoch(self, epoch: int, seed: int) -> Tensor:
+        """Rows that each lens trains on in an epoch, [N, K] in random order; -1 behind the last of a lens.
+
+        All its positives and at most as many negatives, of which each epoch takes the next ones. The order of a lens
+        hangs on seed, epoch and the concept's name alone.
+        """
+        rows_NK = self.rows_of_lenses(held_out=False)
+        drawn = []
+        for lens, name in enumerate(self.names):
+            rows_K = rows_NK[lens][rows_NK[lens] >= 0]
+            positive_K = self.labels_SN[rows_K, lens] > 0.5
+            negatives = rows_K[~positive_K]
+            turned = np.random.default_rng([seed, key_of(name)]).permutation(len(negatives))
+            most = min(int(positive_K.sum()), len(negatives))
+            chosen = negatives[torch.from_numpy(np.roll(turned, -epoch * most)[:most].copy())]
+            both = torch.cat([rows_K[positive_K], chosen])
+            order = np.random.default_rng([seed, epoch, key_of(name)]).permutation(len(both))
+            drawn.append(both[torch.from_numpy(order)])
+        return torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
+
+    def balance(self, *, drawn: bool) -> Tensor:
+        """Row weights [N, 2] such that the training answers of a lens sum to one, half of it on either class.
+
+        Args:
+            drawn: the answers of one epoch (`rows_of_epoch`); else all.
+        """
+        weights_SN = self.weights_SN * ~self.held_out_S.unsqueeze(1)
+        classes = torch.stack([1 - self.labels_SN, self.labels_SN])
+        totals_2N, num_2N = (weights_SN * classes).sum(1), ((weights_SN > 0) * classes).sum(1)
+        if drawn:
+            totals_2N[0] *= (num_2N[1] / num_2N[0]).clamp_max(1)
+        return torch.nan_to_num(0.5 / totals_2N.T, nan=0.0, posinf=0.0)
 
 
 def build_sequence_pool(
@@ -178,14 +212,20 @@ class SequenceDataModule(pl.LightningDataModule):
         self.pool, self._own, self._batch, self._seed = pool, own, batch, seed
 
     def train_dataloader(self) -> DataLoader:
-        used_S = (self.pool.weights_SN > 0).any(1) & ~self.pool.held_out_S
-        rows = self.pool.rows_of_lenses(held_out=False) if self._own else used_S.nonzero().T
-        keys = [key_of(name) for name in (self.pool.names if self._own else ["all"])]
-        return _loader(_RowBatches(rows, self._batch, keys, self._seed))
+        draw = self._own_rows if self._own else self._shared_rows
+        return _loader(_RowBatches(draw, self._batch))
 
     def val_dataloader(self) -> DataLoader:
-        rows = self.pool.rows_of_lenses(held_out=True)
-        return _loader(_RowBatches(rows, max(1, rows.shape[1])))
+        rows_NK = self.pool.rows_of_lenses(held_out=True)
+        return _loader(_RowBatches(lambda _: rows_NK, max(1, rows_NK.shape[1])))
+
+    def _own_rows(self, epoch: int) -> Tensor:
+        return self.pool.rows_of_epoch(epoch, self._seed)
+
+    def _shared_rows(self, epoch: int) -> Tensor:
+        rows_1K = ((self.pool.weights_SN > 0).any(1) & ~self.pool.held_out_S).nonzero().T
+        order = np.random.default_rng([self._seed, epoch, key_of("all")]).permutation(rows_1K.shape[1])
+        return rows_1K[:, torch.from_numpy(order)]
 
 
 def _loader(batches: "_RowBatches") -> DataLoader:
@@ -211,23 +251,19 @@ class _EpochNumbers(Sampler[tuple[int, int]]):
 
 
 class _RowBatches(Dataset):
-    """Rows [N, K] in batches along K; those of each lens in an order by epoch and its own key, rows of -1 last."""
+    """The rows [N, K] of an epoch in batches along K; `draw` gives as many in every epoch."""
 
-    def __init__(self, rows_NK: Tensor, batch: int, keys: Sequence[int] = (), seed: int = 0) -> None:
-        self._rows, self._batch, self._keys, self._seed = rows_NK, batch, keys, seed
-        self._order, self._epoch = rows_NK, -1
+    def __init__(self, draw: Callable[[int], Tensor], batch: int) -> None:
+        self._draw, self._batch, self._rows, self._epoch = draw, batch, draw(0), 0
 
     def __len__(self) -> int:
         return max(1, -(-self._rows.shape[1] // self._batch))
 
     def __getitem__(self, place: tuple[int, int]) -> Tensor:
         epoch, number = place
-        if self._keys and epoch != self._epoch:
-            self._order, self._epoch = self._rows.clone(), epoch
-            for lens, (key, num) in enumerate(zip(self._keys, (self._rows >= 0).sum(1).tolist(), strict=True)):
-                order = np.random.default_rng([self._seed, epoch, key]).permutation(num)
-                self._order[lens, :num] = self._rows[lens, torch.from_numpy(order)]
-        return self._order[:, number * self._batch : (number + 1) * self._batch]
+        if epoch != self._epoch:
+            self._rows, self._epoch = self._draw(epoch), epoch
+        return self._rows[:, number * self._batch : (number + 1) * self._batch]
 
 
 def key_of(name: str) -> int:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from ftw.map.training.train import FitConfig
 
 EPOCHS = 40
-CALIBRATION = "Platt per layer on held-out prompts, mean over layers, Platt again; balanced prior"
+CALIBRATION = (
+    "Platt drawn towards that of all lenses, per layer on held-out prompts; mean over layers; again; balanced prior"
+)
 
 
 def train_sequence_pack(

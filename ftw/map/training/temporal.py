@@ -1,8 +1,9 @@
 """From sampled answers to a pack of sequence lenses: fit, calibrate, control, evaluate.
 
 1. The lenses are fitted group by group, as many at once as memory holds, each stopping by its own held-out prompts.
-2. Platt's calibration on those prompts, layer by layer and once more on the mean over layers; thresholds; percentiles
-   on everyday answers, whole and as the truncated windows that a generation begins with.
+2. Platt's calibration on those prompts, drawn towards the one that all lenses share, layer by layer and once more on
+   the mean over layers; thresholds; percentiles on everyday answers, whole and as the truncated windows that a
+   generation begins with.
 3. Controls: words alone on the same answers, linear lenses on every token of which the highest counts, and the same
    family on shuffled labels.
 4. All are judged on the prompts of split "test", which nothing above has seen.
@@ -10,7 +11,7 @@
 Axes: S answers, N lenses, L layers, T tokens, W input width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 
 from ftw.errors import ConfigError, DataError
-from ftw.hat.lens import HeadConfig
+from ftw.hat.lens import Head, HeadConfig
 from ftw.hat.store import LensStack
 from ftw.hat.temporal.bank import SequenceBank
+from ftw.hat.temporal.trunk import Trunk
 from ftw.hat.text_embedding import AnyText
 from ftw.map import sequence_figures
-from ftw.map.calibrate import background_quantiles, best_f1_threshold, fit_platt, fpr_threshold
+from ftw.map.calibrate import background_quantiles, best_f1_threshold, fit_platt_together, fpr_threshold
 from ftw.map.concept import ConceptPack
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import EvaluateConfig, Evaluation, evaluate
@@ -74,7 +76,7 @@ def fit_sequences(
             f"resume: {len(pool.names)} lenses are trained in {len(groups)} groups of {size}, which do not resume; "
             f"raise map.sequences.lenses_at_once to {len(pool.names)} or start anew"
         )
-    stacks = []
+    parts = []
     for number, lenses in enumerate(groups):
         part = pool.of_lenses(lenses)
         task = SequenceTask(part, head=head, training=training, seed=seed)
@@ -82,47 +84,34 @@ def fit_sequences(
         data = SequenceDataModule(part, own=own, batch=training.batch if own else training.trunk_batch, seed=seed)
         with fitting():
             trainer(number).fit(task, datamodule=data, ckpt_path=checkpoint)
-        stacks.append(_calibrated(task.cpu()))
-    return _together(stacks)
+        parts.append((*task.cpu().held_out(), *task.fitted()))
+    logits_SLN, used_SN = (torch.cat([part[place] for part in parts], dim=-1).numpy() for place in (0, 1))
+    heads = [joined([part[2][layer] for part in parts]) for layer in range(len(pool.layers))]
+    return _calibrated(pool, logits_SLN, used_SN, heads, parts[0][3])
 
 
-def _calibrated(task: SequenceTask) -> LensStack:
-    """The lenses of a task with calibration and thresholds from its held-out prompts."""
-    pool = task.pool
-    logits, used_SN = task.held_out()
-    logits_SLN, labels_SN = logits.numpy(), pool.labels_SN.cpu().numpy()
-    weights_SN = np.where(used_SN.numpy(), pool.weights_SN.cpu().numpy(), 0)
+def _calibrated(
+    pool: SequencePool, logits_SLN: np.ndarray, used_SN: np.ndarray, heads: list[Head], trunk: Trunk | None
+) -> LensStack:
+    """The lenses with calibration and thresholds from their logits on held-out prompts."""
     if not used_SN.any():
         raise DataError("no held-out prompts to calibrate on; raise map.training.folds to 2 or more")
-    layers = [fit_platt(logits_SLN[:, at], labels_SN, weights_SN, prior=0.5) for at in range(len(pool.layers))]
+    marks = pool.labels_SN.cpu().numpy(), np.where(used_SN, pool.weights_SN.cpu().numpy(), 0)
+    layers = [fit_platt_together(logits_SLN[:, at], *marks, prior=0.5) for at in range(len(pool.layers))]
     mean_SN = np.mean([fit.scale_N * logits_SLN[:, at] + fit.offset_N for at, fit in enumerate(layers)], axis=0)
-    last = fit_platt(mean_SN, labels_SN, weights_SN, prior=0.5)
+    last = fit_platt_together(mean_SN, *marks, prior=0.5)
     final_SN = last.scale_N * mean_SN + last.offset_N
-    heads, trunk = task.fitted()
-    alarm_N = np.nan_to_num(fpr_threshold(final_SN, labels_SN, weights_SN), nan=np.inf).clip(max=1e30)
+    alarm_N = np.nan_to_num(fpr_threshold(final_SN, *marks), nan=np.inf).clip(max=1e30)
     return LensStack(
         names=pool.names,
         layers=pool.layers,
         heads=heads,
         scale_NL=_tensor(np.stack([last.scale_N * fit.scale_N for fit in layers], axis=1)),
         offset_NL=_tensor(np.stack([last.scale_N * fit.offset_N + last.offset_N for fit in layers], axis=1)),
-        threshold_N=_tensor(np.nan_to_num(best_f1_threshold(final_SN, labels_SN, weights_SN))),
+        threshold_N=_tensor(np.nan_to_num(best_f1_threshold(final_SN, *marks))),
         threshold_1fpr_N=_tensor(alarm_N),
         basis=pool.basis,
         trunk=trunk,
-    )
-
-
-def _together(stacks: Sequence[LensStack]) -> LensStack:
-    """One stack of the lenses of several."""
-    if len(stacks) == 1:
-        return stacks[0]
-    names = ("scale_NL", "offset_NL", "threshold_N", "threshold_1fpr_N")
-    return replace(
-        stacks[0],
-        names=[name for stack in stacks for name in stack.names],
-        heads=[joined([stack.heads[layer] for stack in stacks]) for layer in range(len(stacks[0].layers))],
-        **{name: torch.cat([getattr(stack, name) for stack in stacks]) for name in names},
     )
 
 

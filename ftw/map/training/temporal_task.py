@@ -3,7 +3,7 @@
 1. A step takes a batch of answers of each lens's own, in parts of a few lenses whose activations stay in the cache; a
    part's weights are updated as soon as its gradient is there. Behind a trunk all lenses share the answers of a step.
 2. The loss is binary cross-entropy, weighted so that each lens's answers sum to one, its classes weighing the same;
-   lenses do not mix.
+   lenses do not mix. Of its negatives each takes as many in an epoch as it has positives, then the next ones.
 3. After each epoch the held-out prompts are read; a lens whose loss there is the lowest so far keeps its weights. With
    a trunk all lenses are kept together, by their mean loss. Training ends when nothing has improved for a while.
 
@@ -87,7 +87,7 @@ class SequenceTask(pl.LightningModule):
         self.best_parts.requires_grad_(False)
         if self.best_trunk is not None:
             self.best_trunk.requires_grad_(False)
-        self.register_buffer("balance", _balance(pool))
+        self.register_buffer("balance", pool.balance(drawn=self.trunk is None))
         self.register_buffer("best_loss", torch.full((num_layers, num), torch.inf))
         self.register_buffer("best_epoch", torch.full((num_layers, num), -1, dtype=torch.long))
         self.register_buffer("_next_epoch", torch.zeros((), dtype=torch.long))
@@ -320,14 +320,6 @@ def _build(head: HeadConfig, slices: list[slice], num_layers: int, width: int) -
     return nn.ModuleList(
         nn.ModuleList(head.build(part.stop - part.start, width) for _ in range(num_layers)) for part in slices
     )
-
-
-def _balance(pool: SequencePool) -> Tensor:
-    """Row weights [N, 2] such that each lens's training answers sum to one, half of it on either class."""
-    used_SN = pool.weights_SN * ~pool.held_out_S.unsqueeze(1)
-    positive_N = (used_SN * pool.labels_SN).sum(0)
-    balance_N2 = torch.stack([0.5 / (used_SN.sum(0) - positive_N), 0.5 / positive_N], dim=-1)
-    return torch.nan_to_num(balance_N2, nan=0.0, posinf=0.0)
 
 
 def _layers(part: Any) -> list[Any]:

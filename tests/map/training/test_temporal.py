@@ -131,7 +131,9 @@ def test_every_family_finds_the_token_that_tells(tmp_path: Path, family: str):
 @pytest.mark.parametrize("family", ["lstm", "attention"])
 def test_lenses_trained_side_by_side_are_those_trained_alone(tmp_path: Path, family: str):
     pool = pool_of(tmp_path)
-    # Dropout draws for all lenses of a part together; the toy families have none.
+    # As many answers for each, since the longest says how many batches an epoch has. Dropout draws for all lenses of a
+    # part together; the toy families have none.
+    pool = replace(pool, held_out_S=torch.from_numpy(pool.rows // (2 * CONCEPTS) % 8 == 0))
     together, apart = (fitted(pool, family, epochs=4, lenses_at_once=size) for size in (128, 1))
     assert apart.names == together.names
     for layer in range(len(LAYERS)):
@@ -139,6 +141,35 @@ def test_lenses_trained_side_by_side_are_those_trained_alone(tmp_path: Path, fam
         for name, tensor in together.heads[layer].state_dict().items():
             assert (tensor - alone[name]).abs().max() < 2e-3  # bfloat16 products of other sizes round otherwise
     assert (together.scale_NL - apart.scale_NL).abs().max() < 0.05 * together.scale_NL.abs().max()
+
+
+def test_an_epoch_reads_all_positives_and_as_many_negatives_and_the_next_ones_follow(tmp_path: Path):
+    pool = pool_of(tmp_path)
+    used_SN = (pool.weights_SN > 0) & ~pool.held_out_S.unsqueeze(1)
+    epochs = [pool.rows_of_epoch(epoch, seed=3) for epoch in range(4)]
+    for lens in range(CONCEPTS):
+        positives, negatives = (
+            set((used_SN[:, lens] & (pool.labels_SN[:, lens] == label)).nonzero().flatten().tolist())
+            for label in (1, 0)
+        )
+        seen = [[row for row in epoch[lens].tolist() if row >= 0] for epoch in epochs]
+        for rows in seen:
+            assert len(rows) == len(set(rows)) == 2 * len(positives)
+            assert positives < set(rows) < positives | negatives
+        assert set().union(*seen) == positives | negatives
+        alone = pool.of_lenses(slice(lens, lens + 1)).rows_of_epoch(2, seed=3)[0].tolist()
+        assert alone == seen[2]
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_the_classes_of_a_lens_weigh_the_same_however_many_of_each_are_read(tmp_path: Path, drawn: bool):
+    pool = pool_of(tmp_path)
+    balance_N2 = pool.balance(drawn=drawn)
+    for lens in range(CONCEPTS):
+        rows = pool.rows_of_epoch(0, seed=0)[lens] if drawn else pool.rows_of_lenses(held_out=False)[lens]
+        labels = pool.labels_SN[rows[rows >= 0], lens].long()
+        for label in (0, 1):
+            assert float(balance_N2[lens, labels[labels == label]].sum()) == pytest.approx(0.5)
 
 
 def test_marks_of_one_lens_do_not_move_another(tmp_path: Path):
