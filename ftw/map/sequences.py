@@ -78,7 +78,9 @@ class SequencesConfig:
     Attributes:
         positives: answers about each concept, half of them about itself, half about members of its closure.
         samples_per_prompt: answers sampled to each prompt.
-        siblings, distant: negatives of each concept among answers about its siblings, and about unrelated concepts.
+        siblings, distant: at most so many negatives of each concept among answers about its siblings, and about
+            unrelated concepts; they are the other concepts' answers, so that none is sampled for them.
+        sibling_share: what its siblings weigh among the negatives of a concept, where it has both kinds.
         negated: answers to "What is NOT X?", marked apart; training leaves them out.
         max_new_tokens, temperature: of an answer.
         test_fraction: share of the prompts that is held out.
@@ -88,8 +90,9 @@ class SequencesConfig:
     kind: str = "sequences"
     positives: int = 50
     samples_per_prompt: int = 2
-    siblings: int = 25
-    distant: int = 25
+    siblings: int = 200
+    distant: int = 1000
+    sibling_share: float = 0.3
     negated: int = 0
     max_new_tokens: int = 20
     temperature: float = 1.0
@@ -118,7 +121,7 @@ def compose_sequences(pack: ConceptPack, wordnet: WordNet, config: SequencesConf
     prompts = _prompts(kinship, config, seed)
     rows = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     marks = [_marks_of(kinship, rows, index, config, seed) for index in range(len(kinship.names))]
-    found, labels = (np.concatenate([mark[place] for mark in marks]) for place in (0, 1))
+    found, labels, weights = (np.concatenate([mark[place] for mark in marks]) for place in range(3))
     cols = np.repeat(np.arange(len(marks)), [len(mark[0]) for mark in marks])
     order = np.lexsort((cols, found))
     numbers = np.tile(np.arange(config.samples_per_prompt), len(prompts))
@@ -131,7 +134,7 @@ def compose_sequences(pack: ConceptPack, wordnet: WordNet, config: SequencesConf
         rows=found[order].astype(np.int32),
         cols=cols[order].astype(np.int32),
         labels=labels[order].astype(np.int8),
-        weights=np.ones(len(found), dtype=np.float32),
+        weights=weights[order].astype(np.float32),
         columns={"sample": [str(number) for number in numbers]},
     )
 
@@ -174,6 +177,8 @@ def _check(config: SequencesConfig) -> None:
         raise ConfigError(
             f"data.test_fraction={config.test_fraction} must lie in [0, 1), temperature={config.temperature} above 0"
         )
+    if not 0 < config.sibling_share < 1:
+        raise ConfigError(f"data.sibling_share={config.sibling_share}: must lie between 0 and 1")
     if config.siblings + config.distant == 0:
         raise ConfigError("data.siblings=0 and data.distant=0 leave no negatives; ask for some of either")
 
@@ -218,8 +223,8 @@ def _split(text: str, config: SequencesConfig) -> str:
 
 def _marks_of(
     kinship: Kinship, rows: Sequence[_Prompt], index: int, config: SequencesConfig, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that are marked for a concept, and their labels."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows that are marked for a concept, their labels and their weights."""
     sibling_indices = {kinship.names.index(name) for name in near_kin(kinship.pack, kinship.names[index])}
     positive, near, far, negated = list[int](), list[int](), list[int](), list[int]()
     for row, prompt in enumerate(rows):
@@ -236,16 +241,25 @@ def _marks_of(
         return [places[place] for place in random.permutation(len(places))[:most]]
 
     total = config.siblings + config.distant
-    siblings_first = draw(near, total, "siblings")
-    chosen = siblings_first[: config.siblings]
+    siblings_first, far_first = draw(near, total, "siblings"), draw(far, total, "distant")
     # Where there are too few of one kind, the other kind has their share as well.
-    chosen += draw(far, total - len(chosen), "distant")
-    chosen += siblings_first[config.siblings :][: total - len(chosen)]
-    if not chosen:
+    num_near = min(len(siblings_first), max(config.siblings, total - len(far_first)))
+    num_far = min(len(far_first), total - num_near)
+    if not num_near + num_far:
         raise DataError(f"concept {name!r} has no negatives: nothing else in the pack is unrelated to it; add concepts")
     positive = draw(positive, config.positives, "positives")
-    marked = np.array([*positive, *chosen, *negated], dtype=np.int64)
-    return marked, np.repeat([1, 0], [len(positive), len(chosen) + len(negated)])
+    parts = [positive, siblings_first[:num_near], far_first[:num_far], negated]
+    sizes = [len(part) for part in parts]
+    weights = [1.0, *_kind_weights(num_near, num_far, config.sibling_share), 1.0]
+    marked = np.array([row for part in parts for row in part], dtype=np.int64)
+    return marked, np.repeat([1, 0, 0, 0], sizes), np.repeat(weights, sizes)
+
+
+def _kind_weights(num_near: int, num_far: int, share: float) -> tuple[float, float]:
+    """Weights of a sibling and of a distant negative: one on average, and `share` of all on the siblings."""
+    if not num_near or not num_far:
+        return 1.0, 1.0
+    return share * (num_near + num_far) / num_near, (1 - share) * (num_near + num_far) / num_far
 
 
 def _digest(seed: int, *words: str) -> bytes:

@@ -15,6 +15,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ftw.errors import DataError
@@ -24,6 +25,7 @@ from ftw.map.sequences import NEGATED
 from ftw.map.training.data import group_folds
 from ftw.substrate.taps import cpu_has_bfloat16
 
+HELD_OUT_NEGATIVES = 4  # for each positive, where a lens reads its own answers: reading more takes longer than training
 BASIS_TOKENS = 20_000  # enough for a basis of any width that is in use
 
 
@@ -76,12 +78,18 @@ class SequencePool:
             names=self.names[lenses],
         )
 
-    def rows_of_lenses(self, *, held_out: bool) -> Tensor:
-        """Rows that each lens uses, [N, K]; -1 behind the last of a lens."""
-        used_NS = ((self.weights_SN > 0) & (self.held_out_S == held_out).unsqueeze(1)).T
-        most = int(used_NS.sum(1).max()) if used_NS.any() else 0
-        order_NS = (~used_NS).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
-        return order_NS.masked_fill(~used_NS.gather(1, order_NS), -1)
+    def rows_of_lenses(self, *, held_out: bool, negatives: int = 0) -> Tensor:
+        """Rows that each lens uses, [N, K]; -1 behind the last of a lens.
+
+        Args:
+            negatives: at most so many for each positive, drawn by the concept's name; 0: all there are.
+        """
+        # Marks may have gone to a GPU with the lenses; the lists of rows are made on the CPU.
+        used_NS = ((self.weights_SN.cpu() > 0) & (self.held_out_S == held_out).unsqueeze(1)).T
+        rows = [used_S.nonzero().flatten() for used_S in used_NS]
+        if negatives:
+            rows = [self._thinned(one, lens, negatives) for lens, one in enumerate(rows)]
+        return pad_sequence(rows, batch_first=True, padding_value=-1)
 
     def rows_of_epoch(self, epoch: int, seed: int) -> Tensor:
         """Rows that each lens trains on in an epoch, [N, K] in random order; -1 behind the last of a lens.
@@ -89,19 +97,21 @@ class SequencePool:
         All its positives and at most as many negatives, of which each epoch takes the next ones. The order of a lens
         hangs on seed, epoch and the concept's name alone.
         """
-        rows_NK = self.rows_of_lenses(held_out=False)
         drawn = []
-        for lens, name in enumerate(self.names):
-            rows_K = rows_NK[lens][rows_NK[lens] >= 0]
-            positive_K = self.labels_SN[rows_K, lens] > 0.5
-            negatives = rows_K[~positive_K]
-            turned = np.random.default_rng([seed, key_of(name)]).permutation(len(negatives))
-            most = min(int(positive_K.sum()), len(negatives))
-            chosen = negatives[torch.from_numpy(np.roll(turned, -epoch * most)[:most].copy())]
-            both = torch.cat([rows_K[positive_K], chosen])
-            order = np.random.default_rng([seed, epoch, key_of(name)]).permutation(len(both))
-            drawn.append(both[torch.from_numpy(order)])
-        return torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
+        for lens, rows_K in enumerate(self.rows_of_lenses(held_out=False)):
+            rows_K = self._thinned(rows_K[rows_K >= 0], lens, 1, turn=epoch, seed=seed)
+            order = np.random.default_rng([seed, epoch, key_of(self.names[lens])]).permutation(len(rows_K))
+            drawn.append(rows_K[torch.from_numpy(order)])
+        return pad_sequence(drawn, batch_first=True, padding_value=-1)
+
+    def _thinned(self, rows_K: Tensor, lens: int, negatives: int, *, turn: int = 0, seed: int = 0) -> Tensor:
+        """All positives of a lens and so many negatives for each; the next ones at each turn."""
+        positive_K = self.labels_SN[rows_K, lens].cpu() > 0.5
+        rest = rows_K[~positive_K]
+        most = min(max(1, int(positive_K.sum())) * negatives, len(rest))
+        order = np.random.default_rng([seed, key_of(self.names[lens])]).permutation(len(rest))
+        chosen = torch.from_numpy(np.roll(order, -turn * most)[:most].copy())
+        return torch.cat([rows_K[positive_K], rest[chosen]])
 
     def balance(self, *, drawn: bool) -> Tensor:
         """Row weights [N, 2] such that the training answers of a lens sum to one, half of it on either class.
@@ -109,8 +119,8 @@ class SequencePool:
         Args:
             drawn: the answers of one epoch (`rows_of_epoch`); else all.
         """
-        weights_SN = self.weights_SN * ~self.held_out_S.unsqueeze(1)
-        classes = torch.stack([1 - self.labels_SN, self.labels_SN])
+        weights_SN, labels_SN = self.weights_SN.cpu() * ~self.held_out_S.unsqueeze(1), self.labels_SN.cpu()
+        classes = torch.stack([1 - labels_SN, labels_SN])
         totals_2N, num_2N = (weights_SN * classes).sum(1), ((weights_SN > 0) * classes).sum(1)
         if drawn:
             totals_2N[0] *= (num_2N[1] / num_2N[0]).clamp_max(1)
@@ -216,14 +226,14 @@ class SequenceDataModule(pl.LightningDataModule):
         return _loader(_RowBatches(draw, self._batch))
 
     def val_dataloader(self) -> DataLoader:
-        rows_NK = self.pool.rows_of_lenses(held_out=True)
+        rows_NK = self.pool.rows_of_lenses(held_out=True, negatives=HELD_OUT_NEGATIVES * self._own)
         return _loader(_RowBatches(lambda _: rows_NK, max(1, rows_NK.shape[1])))
 
     def _own_rows(self, epoch: int) -> Tensor:
         return self.pool.rows_of_epoch(epoch, self._seed)
 
     def _shared_rows(self, epoch: int) -> Tensor:
-        rows_1K = ((self.pool.weights_SN > 0).any(1) & ~self.pool.held_out_S).nonzero().T
+        rows_1K = ((self.pool.weights_SN.cpu() > 0).any(1) & ~self.pool.held_out_S).nonzero().T
         order = np.random.default_rng([self._seed, epoch, key_of("all")]).permutation(rows_1K.shape[1])
         return rows_1K[:, torch.from_numpy(order)]
 

@@ -23,7 +23,7 @@ from ftw.hat.temporal.families import UNITS
 from ftw.hat.temporal.sequence import TRAINED_BYTES, SequenceHead, lenses_at_once
 from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
-from ftw.map.training.sequence_data import SequencePool, key_of
+from ftw.map.training.sequence_data import HELD_OUT_NEGATIVES, SequencePool, key_of
 
 RATES = {"lstm": 1e-3, "gru": 1e-3, "trunk_lstm": 1e-3, "attention": 1e-2, "token_max": 1e-2, "token_mean": 1e-2}
 
@@ -231,11 +231,11 @@ class SequenceTask(pl.LightningModule):
         used_NK = rows_NK >= 0
         rows_NK = rows_NK.clamp_min(0)
         logits_LNK = self._logits(rows_NK, self.trunk, self.parts)
-        labels_NK = self.pool.labels_SN.T.gather(1, rows_NK)
+        labels_NK, weights_NK = (matrix.T.gather(1, rows_NK) for matrix in (self.pool.labels_SN, self.pool.weights_SN))
         for label in (0, 1):
-            of_class_NK = used_NK & ((labels_NK > 0.5) == bool(label))
+            of_class_NK = weights_NK * (used_NK & ((labels_NK > 0.5) == bool(label)))
             entropy_LNK = _entropy(logits_LNK, labels_NK) * of_class_NK
-            loss_LN += entropy_LNK.sum(-1) / of_class_NK.sum(-1).clamp_min(1) / 2
+            loss_LN += entropy_LNK.sum(-1) / of_class_NK.sum(-1).clamp_min(1e-6) / 2
         return loss_LN
 
     def _logits(self, rows_NK: Tensor, trunk: Any, parts: Any) -> Tensor:
@@ -271,7 +271,8 @@ class SequenceTask(pl.LightningModule):
         The rest is 0.
         """
         self.eval()
-        rows_NK = self.pool.rows_of_lenses(held_out=True).to(self.pool.starts_S.device)
+        most = HELD_OUT_NEGATIVES if self.trunk is None else 0
+        rows_NK = self.pool.rows_of_lenses(held_out=True, negatives=most).to(self.pool.starts_S.device)
         size = (len(self.pool), len(self.pool.layers), len(self.pool.names))
         logits_SLN, used_SN = torch.zeros(size), torch.zeros(size[0], size[2], dtype=torch.bool)
         if rows_NK.shape[1]:
