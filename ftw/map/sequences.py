@@ -10,7 +10,7 @@ Axes: S answers, N concepts.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -76,7 +76,9 @@ class SequencesConfig:
     """How many answers are sampled, and which of them are negatives.
 
     Attributes:
-        positives: answers about each concept, half of them about itself, half about members of its closure.
+        layers: whose states are kept where the command says nothing else; the last one tells most.
+        positives: answers sampled about each concept, half of them about itself, half about members of its closure;
+            those sampled for the concepts below it are positives of it as well.
         samples_per_prompt: answers sampled to each prompt.
         siblings, distant: at most so many negatives of each concept among answers about its siblings, and about
             unrelated concepts; they are the other concepts' answers, so that none is sampled for them.
@@ -88,6 +90,7 @@ class SequencesConfig:
     """
 
     kind: str = "sequences"
+    layers: list[float] = field(default_factory=lambda: [0.99])
     positives: int = 50
     samples_per_prompt: int = 2
     siblings: int = 200
@@ -247,7 +250,6 @@ def _marks_of(
     num_far = min(len(far_first), total - num_near)
     if not num_near + num_far:
         raise DataError(f"concept {name!r} has no negatives: nothing else in the pack is unrelated to it; add concepts")
-    positive = draw(positive, config.positives, "positives")
     parts = [positive, siblings_first[:num_near], far_first[:num_far], negated]
     sizes = [len(part) for part in parts]
     weights = [1.0, *_kind_weights(num_near, num_far, config.sibling_share), 1.0]

@@ -49,7 +49,7 @@ def test_each_concept_has_the_answers_that_were_asked_for(table: SampleTable):
     for concept, name in enumerate(KEYS):
         mine = table.cols == concept
         positive = table.rows[mine & (table.labels == 1)]
-        assert len(positive) == SMALL.positives
+        assert len(positive) >= SMALL.positives
         assert all(table.sources[row] == "sampled" for row in positive)
         negative = [row for row in table.rows[mine & (table.labels == 0)] if table.sources[row] != NEGATED]
         assert len(negative) == SMALL.siblings + SMALL.distant, name
@@ -75,6 +75,23 @@ def test_a_denied_concept_is_a_negative_of_its_own_kind_for_that_concept_alone(t
     assert ((kinds_SN >= 0) == ((weights_SN > 0) & (labels_SN == 0))).all()
 
 
+def test_siblings_weigh_their_share_of_the_negatives_however_few_they_are(tmp_path: Path):
+    wordnet = write_wordnet(tmp_path / "wn", NOUNS)
+    pack = pack_of(wordnet, ["animal", "dog", "cat", "food"])
+    table = compose_sequences(pack, wordnet, replace(SMALL, siblings=2, distant=10, sibling_share=0.4), seed=0)
+    rows, place = np.arange(len(table)), {name: index for index, name in enumerate(table.concepts)}
+    siblings = [[place[other] for other in pack.siblings(name) if pack.parents(name)] for name in table.concepts]
+    kinds_SN, (_, weights_SN) = mark_kinds(table, rows, siblings), table.matrices(rows)
+    for concept in (place["dog"], place["cat"]):
+        near, far = (weights_SN[kinds_SN[:, concept] == KINDS.index(kind), concept] for kind in ("sibling", "distant"))
+        assert len(near)
+        assert len(far)
+        assert near.sum() / (near.sum() + far.sum()) == pytest.approx(0.4, abs=1e-6)
+        assert near.sum() + far.sum() == pytest.approx(len(near) + len(far))
+    food = place["food"]
+    assert (weights_SN[kinds_SN[:, food] == KINDS.index("distant"), food] == 1).all()
+
+
 def test_the_same_seed_gives_the_same_table_and_another_one_another(tmp_path: Path):
     wordnet = write_wordnet(tmp_path / "wn", NOUNS)
     first, again, other = (compose_sequences(pack_of(wordnet, KEYS), wordnet, SMALL, seed=seed) for seed in (0, 0, 1))
@@ -85,6 +102,8 @@ def test_options_that_cannot_be_and_concepts_without_negatives_are_refused(tmp_p
     wordnet = write_wordnet(tmp_path / "wn", NOUNS)
     with pytest.raises(ConfigError, match="no negatives"):
         compose_sequences(pack_of(wordnet, KEYS), wordnet, replace(SMALL, siblings=0, distant=0), seed=0)
+    with pytest.raises(ConfigError, match=r"sibling_share=1\.0"):
+        compose_sequences(pack_of(wordnet, KEYS), wordnet, replace(SMALL, sibling_share=1.0), seed=0)
     with pytest.raises(DataError, match="'dog' has no negatives"):
         compose_sequences(pack_of(wordnet, ["dog"]), wordnet, SMALL, seed=0)
 

@@ -25,7 +25,9 @@ from ftw.map.sequences import NEGATED
 from ftw.map.training.data import group_folds
 from ftw.substrate.taps import cpu_has_bfloat16
 
-HELD_OUT_NEGATIVES = 4  # for each positive, where a lens reads its own answers: reading more takes longer than training
+# Where each lens reads its own answers, so many positives in an epoch (50 are sampled for a concept; one that stands
+# above many has thousands), and so many held-out negatives for each: more would take longer to read than to train on.
+EPOCH_POSITIVES, HELD_OUT_NEGATIVES = 50, 4
 BASIS_TOKENS = 20_000  # enough for a basis of any width that is in use
 
 
@@ -78,40 +80,27 @@ class SequencePool:
             names=self.names[lenses],
         )
 
-    def rows_of_lenses(self, *, held_out: bool, negatives: int = 0) -> Tensor:
-        """Rows that each lens uses, [N, K]; -1 behind the last of a lens.
-
-        Args:
-            negatives: at most so many for each positive, drawn by the concept's name; 0: all there are.
-        """
-        # Marks may have gone to a GPU with the lenses; the lists of rows are made on the CPU.
-        used_NS = ((self.weights_SN.cpu() > 0) & (self.held_out_S == held_out).unsqueeze(1)).T
-        rows = [used_S.nonzero().flatten() for used_S in used_NS]
-        if negatives:
-            rows = [self._thinned(one, lens, negatives) for lens, one in enumerate(rows)]
-        return pad_sequence(rows, batch_first=True, padding_value=-1)
+    def rows_of_lenses(self, *, held_out: bool) -> Tensor:
+        """Rows that each lens uses, [N, K]; -1 behind the last of a lens."""
+        return _padded(self._rows(held_out))
 
     def rows_of_epoch(self, epoch: int, seed: int) -> Tensor:
         """Rows that each lens trains on in an epoch, [N, K] in random order; -1 behind the last of a lens.
 
-        All its positives and at most as many negatives, of which each epoch takes the next ones. The order of a lens
-        hangs on seed, epoch and the concept's name alone.
+        At most `EPOCH_POSITIVES` and as many negatives; each epoch takes the next ones. The order of a lens hangs on
+        seed, epoch and the concept's name alone.
         """
         drawn = []
-        for lens, rows_K in enumerate(self.rows_of_lenses(held_out=False)):
-            rows_K = self._thinned(rows_K[rows_K >= 0], lens, 1, turn=epoch, seed=seed)
+        for lens, rows_K in enumerate(self._rows(held_out=False)):
+            rows_K = self._thinned(rows_K, lens, negatives=1, turn=epoch, seed=seed)
             order = np.random.default_rng([seed, epoch, key_of(self.names[lens])]).permutation(len(rows_K))
             drawn.append(rows_K[torch.from_numpy(order)])
-        return pad_sequence(drawn, batch_first=True, padding_value=-1)
+        return _padded(drawn)
 
-    def _thinned(self, rows_K: Tensor, lens: int, negatives: int, *, turn: int = 0, seed: int = 0) -> Tensor:
-        """All positives of a lens and so many negatives for each; the next ones at each turn."""
-        positive_K = self.labels_SN[rows_K, lens].cpu() > 0.5
-        rest = rows_K[~positive_K]
-        most = min(max(1, int(positive_K.sum())) * negatives, len(rest))
-        order = np.random.default_rng([seed, key_of(self.names[lens])]).permutation(len(rest))
-        chosen = torch.from_numpy(np.roll(order, -turn * most)[:most].copy())
-        return torch.cat([rows_K[positive_K], rest[chosen]])
+    def rows_to_stop_by(self) -> Tensor:
+        """Held-out rows that each lens is stopped and calibrated by where each reads its own, [N, K] as above."""
+        rows = self._rows(held_out=True)
+        return _padded([self._thinned(one, lens, negatives=HELD_OUT_NEGATIVES) for lens, one in enumerate(rows)])
 
     def balance(self, *, drawn: bool) -> Tensor:
         """Row weights [N, 2] such that the training answers of a lens sum to one, half of it on either class.
@@ -123,8 +112,32 @@ class SequencePool:
         classes = torch.stack([1 - labels_SN, labels_SN])
         totals_2N, num_2N = (weights_SN * classes).sum(1), ((weights_SN > 0) * classes).sum(1)
         if drawn:
-            totals_2N[0] *= (num_2N[1] / num_2N[0]).clamp_max(1)
+            positive_N = num_2N[1].clamp_max(EPOCH_POSITIVES)
+            totals_2N *= torch.stack([positive_N.clamp_max(num_2N[0]), positive_N]) / num_2N
         return torch.nan_to_num(0.5 / totals_2N.T, nan=0.0, posinf=0.0)
+
+    def _rows(self, held_out: bool) -> list[Tensor]:
+        # Marks may have gone to a GPU with the lenses; the lists of rows are made on the CPU.
+        used_SN = (self.weights_SN.cpu() > 0) & (self.held_out_S == held_out).unsqueeze(1)
+        return [used_S.nonzero().flatten() for used_S in used_SN.T]
+
+    def _thinned(self, rows_K: Tensor, lens: int, *, negatives: int, turn: int = 0, seed: int = 0) -> Tensor:
+        """Some positives of a lens, and so many negatives for each; the next ones at each turn."""
+        positive_K = self.labels_SN[rows_K, lens].cpu() > 0.5
+        random = np.random.default_rng([seed, key_of(self.names[lens])])
+        num_positives = min(int(positive_K.sum()), EPOCH_POSITIVES)
+        parts = []
+        for rows, most in (
+            (rows_K[positive_K], num_positives),
+            (rows_K[~positive_K], max(1, num_positives) * negatives),
+        ):
+            order = np.roll(random.permutation(len(rows)), -turn * most)[:most]
+            parts.append(rows[torch.from_numpy(order.copy())])
+        return torch.cat(parts)
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def build_sequence_pool(
@@ -226,7 +239,7 @@ class SequenceDataModule(pl.LightningDataModule):
         return _loader(_RowBatches(draw, self._batch))
 
     def val_dataloader(self) -> DataLoader:
-        rows_NK = self.pool.rows_of_lenses(held_out=True, negatives=HELD_OUT_NEGATIVES * self._own)
+        rows_NK = self.pool.rows_to_stop_by() if self._own else self.pool.rows_of_lenses(held_out=True)
         return _loader(_RowBatches(lambda _: rows_NK, max(1, rows_NK.shape[1])))
 
     def _own_rows(self, epoch: int) -> Tensor:

@@ -23,7 +23,7 @@ from ftw.hat.temporal.families import UNITS
 from ftw.hat.temporal.sequence import TRAINED_BYTES, SequenceHead, lenses_at_once
 from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
-from ftw.map.training.sequence_data import HELD_OUT_NEGATIVES, SequencePool, key_of
+from ftw.map.training.sequence_data import SequencePool, key_of
 
 RATES = {"lstm": 1e-3, "gru": 1e-3, "trunk_lstm": 1e-3, "attention": 1e-2, "token_max": 1e-2, "token_mean": 1e-2}
 
@@ -271,8 +271,9 @@ class SequenceTask(pl.LightningModule):
         The rest is 0.
         """
         self.eval()
-        most = HELD_OUT_NEGATIVES if self.trunk is None else 0
-        rows_NK = self.pool.rows_of_lenses(held_out=True, negatives=most).to(self.pool.starts_S.device)
+        pool = self.pool
+        rows_NK = pool.rows_to_stop_by() if self.trunk is None else pool.rows_of_lenses(held_out=True)
+        rows_NK = rows_NK.to(pool.starts_S.device)
         size = (len(self.pool), len(self.pool.layers), len(self.pool.names))
         logits_SLN, used_SN = torch.zeros(size), torch.zeros(size[0], size[2], dtype=torch.bool)
         if rows_NK.shape[1]:
