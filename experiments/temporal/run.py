@@ -11,33 +11,27 @@ import argparse
 import json
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 import yaml
 from matplotlib import rc_context
-from rich.console import Console
-from rich.table import Table
 
-from ftw.errors import DataError
 from ftw.hat.lens import HeadConfig
 from ftw.hat.picture import Picture
 from ftw.map.concept import ConceptPack
 from ftw.map.concept_source import ConceptsConfig, load_concepts
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.sequence_figures import accuracies
-from ftw.map.sequences import NEGATED, SequencesConfig, compose_sequences, mark_kinds, near_kin
+from ftw.map.sequences import mark_kinds, near_kin
 from ftw.map.text_control import TextConfig, fit_text_bank
 from ftw.map.training.callbacks import quiet_lightning, quiet_trainer
-from ftw.map.training.sequence_data import SequencePool, build_sequence_pool
+from ftw.map.training.sequence_data import build_sequence_pool
 from ftw.map.training.sequence_pack import spoken
 from ftw.map.training.temporal import fit_sequences, read_answers, shuffled_stack
 from ftw.map.training.temporal_task import SequenceTrainingConfig
-from ftw.map.wordnet import WordNet
 from ftw.paths import conf
 from ftw.substrate.model import load_substrate
 from ftw.substrate.sources import fetch
@@ -54,8 +48,6 @@ def fit(options: argparse.Namespace) -> None:
     quiet_lightning()
     with Encyclopedia.open(options.encyclopedia) as store:
         pool = build_sequence_pool(store, folds=FOLDS, basis_rank=options.rank, seed=0, layers=options.layers)
-        if options.negatives:
-            pool = with_negatives(pool, store, *options.negatives)
         units = UNITS[options.family]
         head = HeadConfig(family=options.family, hidden=units, dropout=0.1 if units > 4 else 0.0)
         training = SequenceTrainingConfig(weight_decay=options.decay, learning_rate=options.rate)
@@ -87,23 +79,10 @@ def fit(options: argparse.Namespace) -> None:
             options.family,
             *map(str, options.layers),
             *([f"r{options.rank}"] if options.rank else []),
-            *([options.tag] if options.tag else []),
         ]
     )
     keep(options.out / f"{name}.npz", facts, kept)
     print(json.dumps({name: facts}))
-
-
-def with_negatives(pool: SequencePool, store: Encyclopedia, siblings: int, distant: int) -> SequencePool:
-    """The same answers with more of them marked as negatives of each concept; what is judged on stays as it was."""
-    config = SequencesConfig(samples_per_prompt=1, negated=4, siblings=siblings, distant=distant)
-    table = compose_sequences(concept_pack(), WordNet.open(fetch("wordnet-3.0").folder), config, 0)
-    if table.texts != store.table.texts:
-        raise DataError("the encyclopedia is of other prompts; collect it with the command of the README")
-    labels_SN, weights_SN = (torch.from_numpy(matrix) for matrix in table.matrices(pool.rows))
-    left_out_S = torch.tensor([table.sources[row] == NEGATED for row in pool.rows]) | (pool.lengths_S == 0)
-    weights_SN[left_out_S] = 0
-    return replace(pool, labels_SN=labels_SN, weights_SN=weights_SN)
 
 
 def concept_pack() -> ConceptPack:
@@ -150,12 +129,12 @@ def tell(options: argparse.Namespace) -> None:
     reference = options.reference
     systems = {reference: whole[reference], **whole}
     found = accuracies(systems, **marks, draws=DRAWS)
-    Console(width=150).print(accuracy_table(found, facts, reference))
+    print(accuracy_table(found, facts, reference), end="\n\n")
     early = early_accuracies(kept, marks)
-    Console(width=150).print(early_table(early))
+    print(early_table(early))
     record = {"facts": facts, "accuracy": found, "early": early}
     (options.out / "figures.json").write_text(json.dumps(record, indent=1))
-    (options.out / "families.png").write_bytes(png(families_picture(found, reference)))
+    (options.out / "families.png").write_bytes(png(families_picture(found)))
     (options.out / "layers.png").write_bytes(png(layers_picture(early)))
 
 
@@ -175,23 +154,33 @@ def test_marks(store: Encyclopedia) -> dict[str, Any]:
     }
 
 
-def accuracy_table(found: dict[str, Any], facts: dict[str, Any], reference: str) -> Table:
-    """A row a system: accuracy by kind of negative, and the paired difference from the reference on all of them."""
-    table = Table("system", "distant", "sibling", "NOT", "all", f"all, minus {reference}", "held-out loss", "s a lens")
+def accuracy_table(found: dict[str, Any], facts: dict[str, Any], reference: str) -> str:
+    """A row a system, in Markdown: accuracy by kind of negative, and the paired differences from the reference."""
+    kinds = ("distant", "sibling")
+    heads = ["lenses, layer", *kinds, "NOT", *(f"{kind}, minus {reference}" for kind in kinds), "loss", "s a lens"]
+    rows = []
     for name in sorted(found["all"], key=lambda one: -found["all"][one].get("accuracy", 0)):
         if name == "difference":
             continue
-        cells = [interval(found[kind][name]) for kind in ("distant", "sibling", "negated", "all")]
-        difference = found["all"]["difference"].get(name)
         # `accuracies` gives the first system minus the others.
-        turned = None
-        if difference is not None:
-            turned = {"accuracy": -difference["accuracy"], "low": -difference["high"], "high": -difference["low"]}
+        differences = [found[kind]["difference"].get(name) for kind in kinds]
         fact = facts.get(name, {})
-        loss = f"{fact['held_out_loss']:.3f}" if "held_out_loss" in fact else ""
-        seconds = f"{fact['seconds'] / fact['lenses']:.2f}" if "seconds" in fact else ""
-        table.add_row(name, *cells, interval(turned, sign="+") if turned else "", loss, seconds)
-    return table
+        rows.append(
+            [
+                name,
+                *(interval(found[kind][name]) for kind in kinds),
+                f"{found['negated'][name]['accuracy']:.3f}" if "negated" in found else "",
+                *(interval(turned(one), sign="+") if one else "" for one in differences),
+                f"{fact['held_out_loss']:.3f}" if fact else "",
+                f"{fact['seconds'] / fact['lenses']:.2f}" if fact else "",
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+
+
+def turned(figure: dict[str, float]) -> dict[str, float]:
+    """A difference the other way round."""
+    return {"accuracy": -figure["accuracy"], "low": -figure["high"], "high": -figure["low"]}
 
 
 def interval(figure: dict[str, float], sign: str = "") -> str:
@@ -211,18 +200,16 @@ def early_accuracies(kept: dict[str, Any], marks: dict[str, Any]) -> dict[str, d
     return early
 
 
-def early_table(early: dict[str, dict[int, dict[str, float]]]) -> Table:
-    """A row a system, a column a cut."""
-    table = Table("first tokens", *map(str, CUTS))
-    for name, by_cut in early.items():
-        table.add_row(name, *(f"{by_cut[most]['accuracy']:.3f}" for most in CUTS))
-    return table
+def early_table(early: dict[str, dict[int, dict[str, float]]]) -> str:
+    """A row a system, a column a cut, in Markdown."""
+    rows = [["first tokens", *map(str, CUTS)], ["---"] * (len(CUTS) + 1)]
+    rows += [[name, *(f"{by_cut[most]['accuracy']:.3f}" for most in CUTS)] for name, by_cut in early.items()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def families_picture(found: dict[str, Any], reference: str) -> Picture:
+def families_picture(found: dict[str, Any]) -> Picture:
     """Accuracy of every system on distant and sibling negatives, with intervals."""
-    shown = [name for name in found["all"] if name == "words" or "wide" in name or name.endswith("-26")]
-    names = [name for name in shown if "shuffled" not in name]
+    names = [name for name in found["all"] if name == "words" or re.fullmatch(r"\w+-29(-r\d+)?", name)]
     names.sort(key=lambda name: found["all"][name]["accuracy"])
     with rc_context(STYLE):
         figure = Picture(figsize=(7.2, 0.8 + 0.3 * len(names)), layout="constrained")
@@ -243,7 +230,7 @@ def families_picture(found: dict[str, Any], reference: str) -> Picture:
 def layers_picture(early: dict[str, dict[int, dict[str, float]]]) -> Picture:
     """Accuracy against the number of tokens read: one line a layer, and the words alone."""
     family = options_family(early)
-    shades = {4: "#9ec5e8", 16: ACCENT, 26: "#0b3768"}
+    shades = {4: "#b9d5ee", 16: "#7db0de", 26: ACCENT, 29: "#0b3768"}
     with rc_context(STYLE):
         figure = Picture(figsize=(6.6, 3.6), layout="constrained")
         axes = figure.subplots()
@@ -273,16 +260,14 @@ def main() -> None:
     parser.add_argument("encyclopedia", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder of the numbers (and pictures)")
     parser.add_argument("--family", choices=sorted(UNITS), default="attention")
-    parser.add_argument("--layers", type=int, nargs="+", default=[16])
+    parser.add_argument("--layers", type=int, nargs="+", default=[29])
     parser.add_argument("--rank", type=int, default=0, help="of a shared basis; 0: the full width")
-    parser.add_argument("--negatives", type=int, nargs=2, help="siblings and distant ones of a concept, to train on")
     parser.add_argument("--decay", type=float, default=0.01)
     parser.add_argument("--rate", type=float, default=0.0, help="learning rate; 0: the family's own")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tag", default="", help="of a variant, for its name")
     parser.add_argument("--shuffled", action="store_true", help="also train on shuffled labels")
-    parser.add_argument("--reference", default=f"{BASELINE}-26", help="what all others are compared with")
+    parser.add_argument("--reference", default=f"{BASELINE}-29", help="what all others are compared with")
     parser.add_argument("--cuts", type=int, nargs="*", default=[], help="also read the first so many tokens")
     options = parser.parse_args()
     {"fit": fit, "words": words, "tell": tell}[options.action](options)
