@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[29])
     parser.add_argument("--rank", type=int, default=0, help="of a shared basis; 0: the full width")
     parser.add_argument("--decay", type=float, default=0.01)
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--rate", type=float, default=0.0, help="learning rate; 0: the family's own")
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shuffled", action="store_true", help="also train on shuffled labels")

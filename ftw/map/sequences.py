@@ -92,7 +92,7 @@ class SequencesConfig:
     kind: str = "sequences"
     layers: list[float] = field(default_factory=lambda: [0.99])
     positives: int = 50
-    samples_per_prompt: int = 2
+    samples_per_prompt: int = 1
     siblings: int = 200
     distant: int = 1000
     sibling_share: float = 0.3

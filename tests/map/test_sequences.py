@@ -18,7 +18,9 @@ from ftw.map.shard import shard_problem
 from ftw.substrate.model import Substrate
 
 KEYS = ["dog", "cat", "food"]
-SMALL = SequencesConfig(positives=8, siblings=4, distant=4, negated=2, max_new_tokens=5, background=4)
+SMALL = SequencesConfig(
+    positives=8, samples_per_prompt=2, siblings=4, distant=4, negated=2, max_new_tokens=5, background=4
+)
 CAPTURE = CollectConfig(
     layers=[1, 3],
     pools=[],

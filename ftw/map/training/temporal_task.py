@@ -3,7 +3,7 @@
 1. A step takes a batch of answers of each lens's own, in parts of a few lenses whose activations stay in the cache; a
    part's weights are updated as soon as its gradient is there. Behind a trunk all lenses share the answers of a step.
 2. The loss is binary cross-entropy, weighted so that each lens's answers sum to one, its classes weighing the same;
-   lenses do not mix. Of its negatives each takes as many in an epoch as it has positives, then the next ones.
+   lenses do not mix. In an epoch each takes as many negatives as positives, and the next ones in the next epoch.
 3. After each epoch the held-out prompts are read; a lens whose loss there is the lowest so far keeps its weights. With
    a trunk all lenses are kept together, by their mean loss. Training ends when nothing has improved for a while.
 
@@ -25,8 +25,9 @@ from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
 from ftw.map.training.sequence_data import SequencePool, key_of
 
+RATES = {"lstm": 1e-3, "gru": 1e-3, "trunk_lstm": 1e-3, "attention": 3e-4, "token_max": 1e-3, "token_mean": 1e-3}
 # The bias of a lens without recurrence goes alone, in as few steps, as far as its hundreds of weights go together.
-BIAS_STRIDE = {"attention": 30.0, "token_max": 30.0, "token_mean": 30.0}
+BIAS_RATES = {"attention": 3e-2, "token_max": 3e-2, "token_mean": 3e-2}
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,7 @@ class SequenceTrainingConfig:
 
     Attributes:
         batch: answers of a lens in a step. trunk_batch: answers in a step where lenses share a trunk.
-        learning_rate: of AdamW; biases of attention and token families learn faster (`BIAS_STRIDE`).
+        learning_rate: of AdamW; 0 takes the family's own (`RATES`).
         weight_decay: of AdamW. clip: largest norm of a lens's gradient.
         patience: epochs without a better held-out loss after which a lens is done.
         lenses_at_once: lenses whose weights and moments are in memory together.
@@ -43,11 +44,15 @@ class SequenceTrainingConfig:
 
     batch: int = 32
     trunk_batch: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.0
     weight_decay: float = 0.01
     clip: float = 1.0
     patience: int = 3
     lenses_at_once: int = 128
+
+    def rate(self, family: str) -> float:
+        """The learning rate of a family."""
+        return self.learning_rate or RATES[family]
 
 
 class SequenceTask(pl.LightningModule):
@@ -253,16 +258,15 @@ class SequenceTask(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         options: dict[str, Any] = {
-            "lr": self.training_config.learning_rate,
+            "lr": self.training_config.rate(self.head_config.family),
             "weight_decay": self.training_config.weight_decay,
             "fused": True,
         }
         if self.trunk is not None:
             return torch.optim.AdamW([*self.trunk.parameters(), *self.parts.parameters()], **options)
-        stride = BIAS_STRIDE.get(self.head_config.family, 1.0)
-        biased = {"lr": options["lr"] * stride, "weight_decay": 0.0 if stride > 1 else options["weight_decay"]}
+        bias_rate = max(options["lr"], BIAS_RATES.get(self.head_config.family, 0.0))
         return [
-            torch.optim.AdamW([{"params": rest}, {"params": biases, **biased}], **options)
+            torch.optim.AdamW([{"params": rest}, {"params": biases, "lr": bias_rate}], **options)
             for rest, biases in map(_biases_apart, self.parts)
         ]
 
