@@ -89,6 +89,10 @@ def monitor(job: MonitorJob) -> None:
     """Print each token as it comes, with its strongest concepts; with json=true one JSON object a line."""
     if (job.prompt is None) == (job.text is None):
         raise ConfigError('give a prompt to answer (prompt="...") or a text to read (text="..."), one of the two')
+    if job.text is not None and not job.text.strip():
+        raise ConfigError(f'text={job.text!r} has no words to read; give some, for example text="The whale swims."')
+    if job.generation.max_new_tokens < 1:
+        raise ConfigError(f"generation.max_new_tokens={job.generation.max_new_tokens}: an answer has 1 token or more")
     if job.mode == "timeline":
         tell_windows(job)
         return

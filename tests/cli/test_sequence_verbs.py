@@ -96,6 +96,24 @@ def test_what_cannot_be_told_is_said(toy: ToyRun, words: list[str], said: str, c
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["text= "], "no words to read"),
+        (["prompt=Hm?", "generation.max_new_tokens=0"], "max_new_tokens=0"),
+        (["text=whale", "window=0"], "window=0"),
+        (["text=whale", "threshold=1.5"], "threshold=1.5"),
+    ],
+)
+def test_windows_that_cannot_be_read_are_refused(
+    toy: ToyRun, sequence_pack: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        run_verb("monitor", *toy.substrate, f"pack={sequence_pack}", "mode=timeline", *words)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_sequence_lenses_read_token_by_token_are_refused(
     toy: ToyRun, sequence_pack: Path, capsys: pytest.CaptureFixture[str]
 ):
