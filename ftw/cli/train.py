@@ -56,6 +56,7 @@ def train_run(job: TrainJob, run_steps: Steps) -> Trained | None:
     _check_resume(job)
     substrate, made = prepare(job, sources, run_steps)
     config = capture(job.map.encyclopedia, made.table, job.data, job.seed)
+    _check_kept(job, config)
     if job.dry_run:
         cost = estimate(made.table, config.spec(substrate), substrate, measure=True)
         console.print("\n".join(cost.lines()), highlight=False)
@@ -129,6 +130,22 @@ def fit_config(job: TrainJob) -> FitConfig:
         version=job.version,
         seed=job.seed,
     )
+
+
+def _check_kept(job: TrainJob, config: CollectConfig) -> None:
+    """Lenses read what is collected: found out before, not after."""
+    family, sampled = job.hat.lens.family, isinstance(job.data, SequencesConfig)
+    if sampled and not job.hat.lens.reads_sequences:
+        raise ConfigError(
+            f"hat.lens.family={family!r} reads pooled states, of which data=sequences keeps none; choose "
+            "hat/lens=trunk_lstm (or lstm, gru, attention, token_max), or data=wordnet"
+        )
+    kept = [config.tokens_per_text.get(split, 0) for split in ("train", "test")]
+    if job.hat.lens.reads_sequences and kept != [-1, -1]:
+        raise ConfigError(
+            f"hat.lens.family={family!r} reads the state of every token; take data=sequences, or keep those of texts "
+            "with map.encyclopedia.tokens_per_text.train=-1 map.encyclopedia.tokens_per_text.test=-1"
+        )
 
 
 def _check_resume(job: TrainJob) -> None:

@@ -114,6 +114,16 @@ def test_windows_that_cannot_be_read_are_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lens", ["lstm", "trunk_lstm"])
+def test_lenses_that_could_not_read_what_would_be_collected_are_refused_before_it_is(
+    toy: ToyRun, lens: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        run_verb("train", *toy.training, f"hat/lens={lens}", f"hydra.run.dir={toy.folder / 'never'}")
+    assert stop.value.code == 2
+    assert "tokens_per_text.train=-1" in capsys.readouterr().err
+
+
 def test_sequence_lenses_read_token_by_token_are_refused(
     toy: ToyRun, sequence_pack: Path, capsys: pytest.CaptureFixture[str]
 ):
