@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from ftw.bench.measure import Call, Row, Stopwatch
 from ftw.bench.synthetic import LAYERS, NUM_LENSES, WIDTH, made_up_stack, states
+from ftw.bench.token import substrate_token, without_gradients
 from ftw.hat.bank import LensBank, normalise
 from ftw.hat.readout import Readout
 from ftw.hat.store import LensStack
@@ -43,7 +43,7 @@ def bank_rows(watch: Stopwatch) -> Iterator[Row]:
 def _linear(watch: Stopwatch) -> Iterator[Row]:
     """The whole pack on one layer and on all, in each precision; then as a share of the substrate's time."""
     whole = _linear_stack(watch)
-    token = _substrate_token(watch)
+    token = substrate_token(watch)
     for layers in (1, len(whole.layers)):
         stack = _of_layers(whole, layers)
         exact = stack.bank()
@@ -124,7 +124,7 @@ def _curve(watch: Stopwatch) -> Iterator[Row]:
 def detection(bank: LensBank, state_1LD: Tensor) -> Call:
     """Everything the monitor asks of a bank at a token: the strongest, their percentiles, the watch list."""
     readout = Readout(bank, top_k=TOP_K, watch=bank.names[:WATCHED])
-    return _without_gradients(lambda: readout(bank(state_1LD)))
+    return without_gradients(lambda: readout(bank(state_1LD)))
 
 
 def auroc_change(exact: LensBank, near: LensBank, *, layers: int = 1, seed: int = 0) -> dict[str, Any]:
@@ -169,34 +169,8 @@ def _of_layers(stack: LensStack, num: int) -> LensStack:
     )
 
 
-def _substrate_token(watch: Stopwatch) -> tuple[str, Call]:
-    """One decoding step of a random model of the default substrate's shape (SmolLM2-135M), 64 tokens behind it."""
-    width, blocks = watch.size(WIDTH, 64), watch.size(30, 2)
-    shape = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width * 8 // 3,
-        num_hidden_layers=blocks,
-        num_attention_heads=width // 64,
-        num_key_value_heads=max(1, width // 192),
-        vocab_size=watch.size(49152, 512),
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng(), watch.device:
-        torch.manual_seed(watch.config.seed)
-        model = LlamaForCausalLM(shape).eval().requires_grad_(False)
-    ids_1T, cache = torch.ones(1, 65, dtype=torch.long, device=watch.device), DynamicCache()
-
-    def step() -> None:
-        model(input_ids=ids_1T[:, :1], past_key_values=cache)
-        cache.crop(-1)
-
-    with torch.inference_mode():
-        model(input_ids=ids_1T[:, :64], past_key_values=cache)
-    return "a token of a model of SmolLM2-135M's shape", _without_gradients(step)
-
-
 def _reading(bank: LensBank, state_1LD: Tensor) -> Call:
-    return _without_gradients(lambda: bank(state_1LD))
+    return without_gradients(lambda: bank(state_1LD))
 
 
 def _one_by_one(bank: LensBank, state_1LD: Tensor, tell: Callable[[Tensor], object] = id) -> Call:
@@ -209,17 +183,9 @@ def _one_by_one(bank: LensBank, state_1LD: Tensor, tell: Callable[[Tensor], obje
         for w1, b1, w2, b2, w3, b3 in lenses:
             tell(linear(linear(linear(x_1D, w1, b1).relu(), w2, b2).relu(), w3[None], b3[None]))
 
-    return _without_gradients(read)
+    return without_gradients(read)
 
 
 def _weight_bytes(bank: LensBank) -> int:
     """Bytes of the weights that a reading goes through once."""
     return sum(weight.numel() * weight.element_size() for weight in bank.parameters())
-
-
-def _without_gradients(call: Call) -> Call:
-    def quiet() -> None:
-        with torch.inference_mode():
-            call()
-
-    return quiet

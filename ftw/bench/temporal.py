@@ -1,7 +1,8 @@
 """`ftw bench temporal`: what sequence lenses cost, to train many at once and to read in sliding windows live.
 
-Training is held against a loop of torch's own float32 LSTM, live reading against the same loop over windows. The floor
-of training is its arithmetic at the rate of this machine's large matrix products; live, the weights read once a window.
+Training is held against a loop of torch's own float32 LSTM, live reading against the same loop over windows and beside
+a token of the substrate. The floor of training is its arithmetic at the rate of this machine's large matrix products;
+live, the weights read once a window.
 
 Axes: n lenses of a part, B sequences, T tokens, D model width, H units.
 """
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ftw.bench.measure import Row, Stopwatch
+from ftw.bench.measure import Call, Row, Stopwatch
 from ftw.bench.synthetic import WIDTH
+from ftw.bench.token import substrate_token
 from ftw.hat.lens import Head
 from ftw.hat.linear import LinearHead
 from ftw.hat.store import LensStack
@@ -37,8 +39,9 @@ def temporal_rows(watch: Stopwatch) -> Iterator[Row]:
     units = watch.size(256, 8)
     yield _training(watch, watch.size(WIDTH, 16), units, basis=False)
     yield _training(watch, watch.size(RANK, 8), units, basis=True)
-    yield _live(watch, "live lstm, a token", _lenses(watch, units))
-    yield _live(watch, "live trunk_lstm, a token", _behind_trunk(watch, units))
+    token = substrate_token(watch)[1]
+    yield _live(watch, "live lstm, a token", _lenses(watch, units), token)
+    yield _live(watch, "live trunk_lstm, a token", _behind_trunk(watch, units), token)
 
 
 def _training(watch: Stopwatch, width: int, units: int, *, basis: bool) -> Row:
@@ -91,7 +94,7 @@ def _training(watch: Stopwatch, width: int, units: int, *, basis: bool) -> Row:
     )
 
 
-def _live(watch: Stopwatch, case: str, stack: LensStack) -> Row:
+def _live(watch: Stopwatch, case: str, stack: LensStack, token: Call) -> Row:
     """Windows of 20 tokens, one for every 5, a token's share of it; against torch's LSTM over each window and lens."""
     bank, width = stack.sequence_bank().to(watch.device), watch.size(WIDTH, 16)
     units = bank.trunk.hidden if bank.trunk is not None else _hidden(stack.heads[0])
@@ -113,7 +116,8 @@ def _live(watch: Stopwatch, case: str, stack: LensStack) -> Row:
 
     tensors = [*bank.lenses.state_dict().values(), *(bank.trunk.state_dict().values() if bank.trunk else ())]
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    times = watch.times({"case": windows, "baseline": loop, "floor": watch.reading(num_bytes)})
+    times = watch.times({"case": windows, "baseline": loop, "floor": watch.reading(num_bytes), "token": token})
+    token_ms = float(np.median(times.pop("token")))
     ms = {name: float(np.median(found)) / STRIDE for name, found in times.items()}
     return Row(
         case=case,
@@ -123,7 +127,11 @@ def _live(watch: Stopwatch, case: str, stack: LensStack) -> Row:
         baseline="nn.LSTM, window by window",
         baseline_ms=ms["baseline"] / LOOPED * len(bank),
         floor_ms=ms["floor"],
-        more={"megabytes": round(num_bytes / 1e6, 2)},
+        more={
+            "megabytes": round(num_bytes / 1e6, 2),
+            "substrate_ms": round(token_ms, 2),
+            "share_of_a_token": round(ms["case"] / token_ms, 4),
+        },
     )
 
 

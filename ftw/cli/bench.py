@@ -1,5 +1,6 @@
 """`ftw bench`: what reading, loading and training cost, each beside a baseline and a floor measured in the same run."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -25,13 +26,16 @@ WIDE = 150
 
 
 def bench(job: BenchJob) -> list[Row]:
-    """Measure one of the benches, print its table, and write the rows as JSON and the curve as a picture if asked."""
+    """Measure one of the benches, print its table, and write the rows as JSON and the curve as a picture if asked.
+
+    `--json` without a file prints the rows as JSON; the table then goes to standard error.
+    """
     if job.bench not in BENCHES:
         raise ConfigError(f"there is no bench {job.bench!r}{near(job.bench, BENCHES)} Name one of {', '.join(BENCHES)}")
     picture = _picture(job)
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    watch, console, rows = Stopwatch(job), Console(), list[Row]()
+    watch, console, rows = Stopwatch(job), Console(stderr=job.json == ""), list[Row]()
     measured_on = {**machine(watch.device), "clock": job.clock}
     measure: Callable[[Stopwatch], Iterator[Row]] = getattr(
         import_module(f"ftw.bench.{job.bench}"), f"{job.bench}_rows"
@@ -43,7 +47,9 @@ def bench(job: BenchJob) -> list[Row]:
     measured_on["load_after"] = load()
     console.print(table(rows, width=console.width))
     console.print(Text(_where(measured_on), style="dim"))
-    if job.json is not None:
+    if job.json == "":
+        print(json.dumps(report(rows, measured_on), indent=1))
+    elif job.json is not None:
         _run.write_json(Path(job.json), report(rows, measured_on))
     if picture is not None:
         from ftw.bench.curve import draw_curve
@@ -90,13 +96,13 @@ def _picture(job: BenchJob) -> Path | None:
     Raises:
         ConfigError: a file without a name, or a curve of a bench that has none.
     """
-    if "" in (job.json, job.plot):
-        raise ConfigError("--json and --plot take a file: ftw bench bank --json bank.json --plot bank.svg")
+    if job.plot == "":
+        raise ConfigError("--plot takes a file: ftw bench bank --plot bank.svg")
     if job.plot is not None and job.bench != "bank":
         raise ConfigError(f"plot={job.plot!r}: only `ftw bench bank` has a curve to draw; leave it out")
     if job.plot is not None:
         return Path(job.plot)
-    return Path(job.json).with_suffix(".svg") if job.json is not None and job.bench == "bank" else None
+    return Path(job.json).with_suffix(".svg") if job.json and job.bench == "bank" else None
 
 
 def _where(measured_on: dict[str, Any]) -> str:

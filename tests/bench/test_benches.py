@@ -54,6 +54,11 @@ def test_the_bank_bench_has_every_family_precision_and_size_and_draws_its_curve(
     assert "<svg" in (tmp_path / "bank.svg").read_text()
 
 
+def test_rows_can_be_printed_as_json_and_nothing_else(capsys: pytest.CaptureFixture[str]):
+    rows = bench(BenchJob(bench="text", json="", **QUICK))
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == len(rows)
+
+
 def test_a_pack_can_be_measured_instead_of_made_up_lenses(tmp_path: Path):
     folder = made_up_pack(tmp_path, 400, width=64, layers=(0, 2))
     for name in ("load", "shelf"):
@@ -67,7 +72,7 @@ def test_a_pack_can_be_measured_instead_of_made_up_lenses(tmp_path: Path):
     [
         ({"bench": "bnk"}, "bank"),
         ({"bench": "text", "plot": "x.svg"}, "curve"),
-        ({"bench": "bank", "json": ""}, "--json"),
+        ({"bench": "bank", "plot": ""}, "--plot"),
         ({"bench": "monitor"}, "pack=FOLDER"),
     ],
 )
