@@ -14,7 +14,7 @@ from ftw.errors import DataError
 from ftw.map.training.callbacks import quiet_trainer
 from ftw.map.training.interpreter import train_interpreter
 
-OPTIONS = {"dropout": 0.0, "similarity": 8, "batch": 15, "epochs": 3}
+OPTIONS = {"dropout": 0.0, "similarity": 8, "direct": 8, "batch": 15, "epochs": 3}
 
 
 def main() -> None:

@@ -21,13 +21,20 @@ from ftw import paths
 from ftw.cli._schema import register
 from ftw.cli._schema_train import DATA, TrainJob
 from ftw.hat.concept_tree import ConceptTree
-from ftw.hat.interpreter import calibrated
+from ftw.hat.interpreter import Interpreter, calibrated
 from ftw.map.collect import collect
 from ftw.map.descriptions import describe
 from ftw.map.interpreter_figures import SYSTEM, figures, most_confused
 from ftw.map.leaks import LeakConfig, check_leaks
 from ftw.map.training.callbacks import quiet_trainer
-from ftw.map.training.interpreter import InterpreterFit, mixed_precision, read_logits, train_interpreter
+from ftw.map.training.interpreter import (
+    InterpreterFit,
+    mixed_precision,
+    read_logits,
+    read_parts,
+    softmax_temperature,
+    train_interpreter,
+)
 from ftw.map.training.interpreter_baselines import baselines
 from ftw.map.training.interpreter_data import DEV, TEST, InterpreterRows, read_rows
 from ftw.map.wordnet import WordNet
@@ -35,8 +42,8 @@ from ftw.substrate.model import load_substrate
 from ftw.substrate.sources import fetch
 
 MODELS = {SYSTEM: "interpreter", "hierarchical": "interpreter_hierarchical", "multitask": "interpreter_multitask"}
-BOTH = "interpreter and linear"
-ORDER = [*MODELS, "linear softmax", "nearest mean", "TF-IDF", "chance"]
+ALONE = ("direct path alone", "encoder alone")  # parts of the interpreter
+ORDER = [*MODELS, *ALONE, "linear softmax, whitened", "linear softmax", "nearest mean", "TF-IDF", "chance"]
 
 
 def job_of(model: str, *changes: str) -> TrainJob:
@@ -73,9 +80,12 @@ def fit(system: str, job: TrainJob, rows: InterpreterRows, tree: ConceptTree, fo
             ),
             folder=folder / system,
         )
-        tell_dev(system, read_logits(interpreter, rows.select(rows.where(DEV))), rows.select(rows.where(DEV)))
-        logits_SC = read_logits(interpreter, rows.select(rows.where(TEST)))
-        said = {system: calibrated(logits_SC, interpreter.temperature).numpy()}
+        dev, test = rows.select(rows.where(DEV)), rows.select(rows.where(TEST))
+        tell_dev(system, read_logits(interpreter, dev), dev)
+        print(*(f"{name} {float(getattr(interpreter, name)):.3g}" for name in ("trust", "mix", "temperature")))
+        said = {system: calibrated(read_logits(interpreter, test), interpreter.temperature).numpy()}
+        if system == SYSTEM:
+            said |= alone(interpreter, dev, test)
     seconds = time.perf_counter() - start
     test = rows.select(rows.where(TEST))
     for name, chance_SC in said.items():
@@ -84,6 +94,16 @@ def fit(system: str, job: TrainJob, rows: InterpreterRows, tree: ConceptTree, fo
     kept["makes"] = ["article" if group.startswith("article") else group.split()[0].strip(":") for group in test.groups]
     (folder / "test.json").write_text(json.dumps(kept))
     print(f"{system}: {seconds:.0f} s")
+
+
+def alone(interpreter: Interpreter, dev: InterpreterRows, test: InterpreterRows) -> dict[str, np.ndarray]:
+    """What the parts of an interpreter say of the test rows by themselves, each calibrated on the dev rows."""
+    said = {}
+    encoded, _, direct = zip(read_parts(interpreter, dev), read_parts(interpreter, test), strict=True)
+    for name, (dev_SC, test_SC) in zip(ALONE, (direct, encoded), strict=True):
+        tell_dev(name, dev_SC, dev)
+        said[name] = calibrated(test_SC, softmax_temperature(dev_SC, dev)[1]).numpy()
+    return said
 
 
 def tell_dev(system: str, logits_SC: torch.Tensor, rows: InterpreterRows) -> None:
@@ -105,18 +125,15 @@ def table(job: TrainJob, folder: Path) -> None:
     labels = np.array(kept["labels"])
     there = [name for name in ORDER if (folder / f"{name}.npz").exists()]
     said = {name: np.load(folder / f"{name}.npz")["chance"][rows].astype(np.float32) for name in there}
-    if {SYSTEM, "linear softmax"} <= said.keys():
-        # Equal parts of both, as calibrated: nothing is fitted here.
-        product_SC = np.sqrt((said[SYSTEM] + 1e-7) * (said["linear softmax"] + 1e-7))
-        said = {SYSTEM: said[SYSTEM], BOTH: product_SC / product_SC.sum(1, keepdims=True), **said}
     found = figures(said, labels, kept["kinds"], draws=job.evaluate.draws, seed=job.seed)
     makes = [f"{kind}, {make}" for kind, make in zip(kept["kinds"], kept["makes"], strict=True)]
     found |= {"makes": figures(said, labels, makes, draws=job.evaluate.draws, seed=job.seed)}
     found["differences"] = {SYSTEM: _ahead(found)}
-    for one in (BOTH, "hierarchical", "multitask"):
+    for one in ("hierarchical", "multitask"):
         if one in said:
-            others = {SYSTEM: said[one], **{name: said[name] for name in ("linear softmax", "TF-IDF")}}
-            found["differences"][one] = _ahead(figures(others, labels, kept["kinds"], draws=1000, seed=job.seed))
+            others = {SYSTEM: said[one], **{name: said[name] for name in there if name not in MODELS}}
+            compared = figures(others, labels, kept["kinds"], draws=job.evaluate.draws, seed=job.seed)
+            found["differences"][one] = _ahead(compared)
     found["confused"] = most_confused(said[SYSTEM], labels, kept["names"])
     found["seconds"] = {name: float(np.load(folder / f"{name}.npz")["seconds"]) for name in there}
     (folder / "metrics.json").write_text(json.dumps(found, indent=1))
@@ -130,8 +147,9 @@ def table(job: TrainJob, folder: Path) -> None:
             )
     for one, by_kind in found["differences"].items():
         for kind in ("named", "unnamed"):
-            for other in ("linear softmax", "TF-IDF"):
-                row = by_kind[kind][other]
+            for other, row in by_kind[kind].items():
+                if row is None:
+                    continue
                 print(f"{kind}, {one} - {other}: {row['top1']:+.3f} ({row['top1_low']:+.3f} – {row['top1_high']:+.3f})")
     picture(found, folder / "figures.png")
 
@@ -155,7 +173,7 @@ def picture(found: dict, path: Path) -> None:
         for row, (name, one) in enumerate(systems.items()):
             error = [[max(0.0, one["top1"] - one["top1_low"])], [max(0.0, one["top1_high"] - one["top1"])]]
             axes.barh(
-                row, one["top1"], xerr=error, color="#3b6ea5" if name in (*MODELS, BOTH) else "#b8b8b8", capsize=2
+                row, one["top1"], xerr=error, color="#3b6ea5" if name in (*MODELS, *ALONE) else "#b8b8b8", capsize=2
             )
         axes.set_yticks(range(len(systems)), labels=list(systems) if not place else [""] * len(systems))
         axes.invert_yaxis()

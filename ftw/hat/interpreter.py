@@ -9,9 +9,12 @@ since the states carry that themselves. So the answer does not depend on the ord
 2. Put a learnt query before them; encode all with pre-norm transformer blocks (Xiong et al. 2020).
 3. The query's output, normed, gives a logit for every concept; with a tree, for every node of it.
 4. With a similarity head it also gives an embedding; how near that lies to each concept's prototype adds to the logits.
+5. With a direct path the mean state of each slot is projected onto directions in which concepts differ and texts about
+   one concept do not, summed over the slots; its cosine to each concept's place there adds to the logits. Directions
+   and places are computed, not trained (`ftw.map.training.interpreter_directions`).
 
 Axes: B batch, T tokens (states), J slots, D model width of the substrate, W width, C concepts, K named nodes, Z width
-of the similarity embedding.
+of the similarity embedding, R directions.
 """
 
 import json
@@ -42,6 +45,7 @@ class InterpreterConfig:
         width, num_blocks, num_heads, feedforward, dropout: of the transformer.
         hierarchical: probabilities along the tree of concepts, each node's children sharing what it has.
         similarity: width of an embedding that states of one concept share (trained contrastively); 0 for none.
+        direct: most directions of the direct path (there are fewer with few concepts or features); 0 for no such path.
     """
 
     width: int = 512
@@ -51,6 +55,7 @@ class InterpreterConfig:
     dropout: float = 0.1
     hierarchical: bool = False
     similarity: int = 0
+    direct: int = 0
 
     def check(self) -> None:
         """Raise ConfigError for sizes that cannot be."""
@@ -59,10 +64,11 @@ class InterpreterConfig:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: choose 1 or more")
         if self.width % self.num_heads:
             raise ConfigError(f"model.width={self.width} is no multiple of model.num_heads={self.num_heads}")
-        if not 0 <= self.dropout < 1 or not 0 <= self.similarity <= LARGEST_SIZE:
-            raise ConfigError(
-                f"model.dropout={self.dropout} lies in [0, 1), model.similarity={self.similarity} is 0 or more"
-            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout={self.dropout}: choose a share from 0 to below 1")
+        for name in ("similarity", "direct"):
+            if not 0 <= getattr(self, name) <= LARGEST_SIZE:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: choose 0 or more")
 
 
 class Slot(NamedTuple):
@@ -74,10 +80,17 @@ class Slot(NamedTuple):
 
 
 class Interpreted(NamedTuple):
-    """What the interpreter makes of its input: logits [B, C], and the unit embedding [B, Z] if it has one."""
+    """What the interpreter makes of its input.
+
+    Attributes:
+        logits_BC: of all its parts together. similarity_BZ: the unit embedding, if it has one.
+        parts: logits [B, C] of the encoder, cosines to the prototypes and cosines of the direct path, where there are
+            such; the logits are their sum, weighted by `mix` and `trust`.
+    """
 
     logits_BC: Tensor
     similarity_BZ: Tensor | None
+    parts: tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Interpreter(nn.Module):
@@ -97,6 +110,9 @@ class Interpreter(nn.Module):
     temperature: Tensor
     prototypes_CZ: Tensor
     mix: Tensor
+    directions_JDR: Tensor
+    places_CR: Tensor
+    trust: Tensor
 
     def __init__(
         self,
@@ -140,6 +156,11 @@ class Interpreter(nn.Module):
         self.similarity = nn.Linear(width, config.similarity) if config.similarity else None
         self.register_buffer("prototypes_CZ", torch.zeros(len(names) if config.similarity else 0, config.similarity))
         self.register_buffer("mix", torch.zeros(()))
+        # The places of C concepts about their middle span C - 1 directions.
+        num_directions = min(config.direct, len(names) - 1, num_slots * state_width)
+        self.register_buffer("directions_JDR", torch.zeros(num_slots, state_width, num_directions))
+        self.register_buffer("places_CR", torch.zeros(len(names) if num_directions else 0, num_directions))
+        self.register_buffer("trust", torch.zeros(()))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -157,14 +178,40 @@ class Interpreter(nn.Module):
             SubstrateError: states of another width, or as many slots as there are no tokens.
         """
         encoded_BW = self.encode(x_BTD, slots_T=slots_T, mask_BT=mask_BT)
-        logits_BC, similarity_BZ = self.logits(encoded_BW), None
+        encoded_BC = self.logits(encoded_BW)
+        logits_BC, similarity_BZ, near_BC, direct_BC = encoded_BC, None, None, None
         if self.similarity is not None:
             similarity_BZ = nn.functional.normalize(self.similarity(encoded_BW).float(), dim=-1)
-            logits_BC = logits_BC + self.mix * (similarity_BZ @ self.prototypes_CZ.T)
-        return Interpreted(logits_BC, similarity_BZ)
+            near_BC = similarity_BZ @ self.prototypes_CZ.T
+            logits_BC = logits_BC + self.mix * near_BC
+        if self.config.direct:
+            direct_BC = self.direct(x_BTD, slots_T=slots_T, mask_BT=mask_BT) @ self.places_CR.T
+            logits_BC = logits_BC + self.trust * direct_BC
+        return Interpreted(logits_BC, similarity_BZ, (encoded_BC, near_BC, direct_BC))
 
     def encode(self, x_BTD: Tensor, *, slots_T: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
         """What the query has gathered, [B, W] (see `forward`)."""
+        x_BTD, slots_T = self._standardised(x_BTD, slots_T, mask_BT)
+        tokens_BTW = self._projected(x_BTD, slots_T) + self.slot_vectors[slots_T]
+        query_B1W = self.query.expand(len(x_BTD), 1, -1).to(tokens_BTW.dtype)
+        padding_BT = None if mask_BT is None else nn.functional.pad(~mask_BT, (1, 0), value=False)
+        encoded_BTW = self.encoder(torch.cat([query_B1W, tokens_BTW], dim=1), src_key_padding_mask=padding_BT)
+        return encoded_BTW[:, 0]
+
+    def direct(self, x_BTD: Tensor, *, slots_T: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
+        """Where the states lie along the directions, of length one, [B, R] (see `forward`)."""
+        # In float32: directions along which states hardly vary have large weights, and rounding would fill them.
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            x_BTD, slots_T = self._standardised(x_BTD, slots_T, mask_BT)
+            share_BTJ = nn.functional.one_hot(slots_T, len(self.slots)).to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
+            if mask_BT is not None:
+                share_BTJ = share_BTJ * mask_BT.unsqueeze(-1)
+            share_BTJ = share_BTJ / share_BTJ.sum(1, keepdim=True).clamp_min(1)
+            means_BJD = share_BTJ.transpose(1, 2) @ x_BTD
+            return nn.functional.normalize(means_BJD.flatten(1) @ self.directions_JDR.flatten(0, 1), dim=-1)
+
+    def _standardised(self, x_BTD: Tensor, slots_T: Tensor | None, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The states in units of their slots, padding empty, and the slots' numbers."""
         if slots_T is None:
             slots_T = torch.arange(len(self.slots), device=x_BTD.device)
         if x_BTD.ndim != 3 or x_BTD.shape[1:] != (len(slots_T), self.state_width) or not len(slots_T):
@@ -174,12 +221,7 @@ class Interpreter(nn.Module):
             )
         # Padding may hold anything, and nothing times zero is not always zero.
         x_BTD = x_BTD.float() if mask_BT is None else x_BTD.float().masked_fill(~mask_BT.unsqueeze(-1), 0)
-        x_BTD = (x_BTD - self.center_JD[slots_T]) / self.scale_JD[slots_T]
-        tokens_BTW = self._projected(x_BTD, slots_T) + self.slot_vectors[slots_T]
-        query_B1W = self.query.expand(len(x_BTD), 1, -1).to(tokens_BTW.dtype)
-        padding_BT = None if mask_BT is None else nn.functional.pad(~mask_BT, (1, 0), value=False)
-        encoded_BTW = self.encoder(torch.cat([query_B1W, tokens_BTW], dim=1), src_key_padding_mask=padding_BT)
-        return encoded_BTW[:, 0]
+        return (x_BTD - self.center_JD[slots_T]) / self.scale_JD[slots_T], slots_T
 
     def _projected(self, x_BTD: Tensor, slots_T: Tensor) -> Tensor:
         """Every token through the projection of its slot, [B, T, W]."""

@@ -35,7 +35,14 @@ def test_a_run_leaves_interpreter_figures_configuration_and_checkpoint(trained: 
     assert Interpreter.load(trained.run / "interpreter").names == ["whale", "car"]
     found = json.loads((trained.run / "metrics.json").read_text())
     systems = found["all"]["systems"]
-    assert set(systems) == {"interpreter", "linear softmax", "nearest mean", "TF-IDF", "chance"}
+    assert set(systems) == {
+        "interpreter",
+        "linear softmax",
+        "linear softmax, whitened",
+        "nearest mean",
+        "TF-IDF",
+        "chance",
+    }
     assert systems["chance"]["top1"] == 0.5
     assert 0 <= systems["interpreter"]["top1"] <= 1
     assert "minus" in systems["TF-IDF"]

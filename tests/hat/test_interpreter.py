@@ -24,6 +24,9 @@ def interpreter(*, seed: int = 0, **options: object) -> Interpreter:
     made = Interpreter(config, names=NAMES, slots=SLOTS, state_width=8, fingerprint="f", tree=tree)
     made.center_JD.normal_()
     made.scale_JD.uniform_(0.5, 2)
+    made.directions_JDR.normal_()
+    made.places_CR.copy_(torch.nn.functional.normalize(torch.randn_like(made.places_CR), dim=1))
+    made.trust.fill_(3.0)
     return made.eval()
 
 
@@ -71,7 +74,7 @@ def test_extreme_logits_stay_finite_and_so_do_their_gradients() -> None:
     assert logits_BM.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("options", [{}, {"hierarchical": True}, {"similarity": 6}])
+@pytest.mark.parametrize("options", [{}, {"hierarchical": True, "direct": 4}, {"similarity": 6, "direct": 4}])
 def test_padding_changes_nothing_whatever_it_holds(options: dict[str, object]) -> None:
     made = interpreter(**options)
     x_BTD, slots_T = torch.randn(5, 4, 8), torch.tensor([0, 1, 2, 1])
@@ -87,30 +90,45 @@ def test_padding_changes_nothing_whatever_it_holds(options: dict[str, object]) -
     assert torch.allclose(plain.logits_BC, mixed.logits_BC, atol=1e-5)
 
 
-def test_the_order_of_tokens_changes_nothing_and_the_slot_of_a_token_does() -> None:
-    made, x_BTD = interpreter(), torch.randn(5, 3, 8)
+@pytest.mark.parametrize("direct", [0, 4])
+def test_the_order_of_tokens_changes_nothing_and_the_slot_of_a_token_does(direct: int) -> None:
+    made, x_BTD = interpreter(direct=direct), torch.randn(5, 3, 8)
     order = torch.tensor([2, 0, 1])
     first, second = made(x_BTD), made(x_BTD[:, order], slots_T=order)
     assert torch.allclose(first.logits_BC, second.logits_BC, atol=1e-5)
     assert not torch.allclose(first.logits_BC, made(x_BTD[:, order]).logits_BC, atol=1e-3)
 
 
-def test_one_state_many_layers_or_all_tokens_of_a_text_are_read() -> None:
-    made = interpreter()
+@pytest.mark.parametrize("direct", [0, 4])
+def test_one_state_many_layers_or_all_tokens_of_a_text_are_read(direct: int) -> None:
+    made = interpreter(direct=direct)
     assert made(torch.randn(2, 1, 8), slots_T=torch.tensor([1])).logits_BC.shape == (2, len(NAMES))
     assert made(torch.randn(2, 3, 8)).logits_BC.shape == (2, len(NAMES))
     assert made(torch.randn(2, 40, 8), slots_T=torch.full((40,), 2)).logits_BC.shape == (2, len(NAMES))
 
 
+def test_the_direct_path_reads_the_mean_of_the_tokens_of_each_slot() -> None:
+    made, x_BTD, slots_T = interpreter(direct=4), torch.randn(4, 7, 8), torch.tensor([0, 0, 0, 1, 2, 2, 2])
+    expected_BR = torch.zeros(4, 4)
+    for slot in range(3):
+        mean_BD = (x_BTD[:, slots_T == slot].mean(1) - made.center_JD[slot]) / made.scale_JD[slot]
+        expected_BR += mean_BD @ made.directions_JDR[slot]
+    expected_BR = torch.nn.functional.normalize(expected_BR, dim=1)
+    assert torch.allclose(made.direct(x_BTD, slots_T=slots_T), expected_BR, atol=1e-5)
+    alone_BC = interpreter(direct=4)(x_BTD, slots_T=slots_T)
+    encoded_BC = alone_BC.parts[0]
+    assert torch.allclose(alone_BC.logits_BC, encoded_BC + 3 * expected_BR @ made.places_CR.T, atol=1e-5)
+
+
 def test_rows_of_a_batch_do_not_mix() -> None:
-    made, x_BTD = interpreter(similarity=6), torch.randn(5, 3, 8)
+    made, x_BTD = interpreter(similarity=6, direct=4), torch.randn(5, 3, 8)
     together = made(x_BTD)
     for row in range(5):
         alone = made(x_BTD[row : row + 1])
         assert torch.allclose(together.logits_BC[row], alone.logits_BC[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"hierarchical": True}, {"similarity": 6}])
+@pytest.mark.parametrize("options", [{}, {"hierarchical": True, "direct": 4}, {"similarity": 6, "direct": 4}])
 def test_gradients_reach_every_parameter(options: dict[str, object]) -> None:
     made = interpreter(**options).train()
     read = made(torch.randn(8, 3, 8))
@@ -137,7 +155,7 @@ def test_temperature_changes_the_confidence_and_not_the_order() -> None:
     assert torch.equal(cold.argsort(1), warm.argsort(1))
 
 
-@pytest.mark.parametrize("options", [{}, {"hierarchical": True}, {"similarity": 6}])
+@pytest.mark.parametrize("options", [{}, {"hierarchical": True, "direct": 4}, {"similarity": 6, "direct": 4}])
 def test_what_is_saved_reads_the_same_when_loaded(options: dict[str, object], tmp_path: Path) -> None:
     made, x_BTD = interpreter(**options), torch.randn(4, 3, 8)
     made.temperature.fill_(1.7)

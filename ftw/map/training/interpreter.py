@@ -7,8 +7,9 @@ Axes: S rows, C concepts.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.training.callbacks import quiet_lightning, quiet_trainer
 from ftw.map.training.fit import fitting
 from ftw.map.training.interpreter_data import TRAIN, InterpreterDataModule, InterpreterRows, read_rows
+from ftw.map.training.interpreter_directions import find_directions
 from ftw.map.training.interpreter_task import InterpreterTask, InterpreterTrainingConfig
 from ftw.substrate.taps import cpu_has_bfloat16
 
@@ -30,6 +32,8 @@ EPOCHS = 12
 TEMPERATURES = torch.logspace(-1, 1, 81)
 READ_AT_ONCE = 1024
 MIXES = (0.0, 2.0, 5.0, 10.0, 20.0, 40.0)  # of the cosine to a prototype, beside the logits
+TRUSTS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)  # of the direct path's cosine, likewise
+TRUST = 40.0  # where nothing is validated
 
 
 @dataclass(kw_only=True)
@@ -99,6 +103,8 @@ def train_interpreter(
     interpreter = interpreter.cpu().eval().requires_grad_(False)
     if similar:
         interpreter.prototypes_CZ.copy_(prototypes(interpreter, rows.select(rows.where(TRAIN))))
+    if config.model.direct:
+        _lay_directions(interpreter, rows, config.training.shrinkage)
     if data.validated:
         calibrate(interpreter, rows.select(data.dev_rows))
     if folder is not None and built.is_global_zero:
@@ -143,10 +149,25 @@ def _trainer(epochs: int, callbacks: list[pl.Callback]) -> pl.Trainer:
 
 def read_logits(interpreter: Interpreter, rows: InterpreterRows) -> Tensor:
     """Logits of all rows, float32 [S, C] on the CPU."""
-    starts = range(0, len(rows), READ_AT_ONCE)
-    parts = [rows.select(np.arange(start, min(start + READ_AT_ONCE, len(rows)))) for start in starts]
-    logits = [_read(interpreter, part).logits_BC.float().cpu() for part in parts]
+    logits = [_read(interpreter, part).logits_BC.float().cpu() for part in _in_parts(rows)]
     return torch.cat(logits) if logits else torch.empty(0, len(interpreter.names))
+
+
+def read_parts(interpreter: Interpreter, rows: InterpreterRows) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the parts of an interpreter say of some rows (`Interpreted.parts`), float32 [S, C] on the CPU."""
+    encoded, near, direct = zip(*(_read(interpreter, part).parts for part in _in_parts(rows)), strict=True)
+
+    def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+        there = [part.float().cpu() for part in parts if part is not None]
+        return torch.cat(there) if there else None
+
+    return torch.cat([part.float().cpu() for part in encoded]), joined(near), joined(direct)
+
+
+def _in_parts(rows: InterpreterRows) -> Iterator[InterpreterRows]:
+    """Some rows at a time."""
+    for start in range(0, len(rows), READ_AT_ONCE):
+        yield rows.select(np.arange(start, min(start + READ_AT_ONCE, len(rows))))
 
 
 @torch.no_grad()
@@ -163,22 +184,41 @@ def _read(interpreter: Interpreter, rows: InterpreterRows) -> Interpreted:
 def prototypes(interpreter: Interpreter, rows: InterpreterRows) -> Tensor:
     """Mean embedding of each concept's rows, of length one, [C, Z]; zero for a concept without any."""
     sums_CZ = torch.zeros_like(interpreter.prototypes_CZ)
-    for start in range(0, len(rows), READ_AT_ONCE):
-        part = rows.select(np.arange(start, min(start + READ_AT_ONCE, len(rows))))
+    for part in _in_parts(rows):
         embedded_BZ = _read(interpreter, part).similarity_BZ
         assert embedded_BZ is not None  # asked only with a similarity head
         sums_CZ.index_add_(0, part.labels_S, embedded_BZ.float().cpu() * part.weights.unsqueeze(1))
     return nn.functional.normalize(sums_CZ, dim=1)
 
 
+def _lay_directions(interpreter: Interpreter, rows: InterpreterRows, shrinkage: float) -> None:
+    """Compute the direct path."""
+    found = find_directions(
+        rows,
+        interpreter.center_JD,
+        interpreter.scale_JD,
+        num=interpreter.places_CR.shape[1],
+        shrinkage=shrinkage,
+    )
+    interpreter.directions_JDR.copy_(found.directions_JDR)
+    interpreter.places_CR.copy_(found.places_CR)
+    interpreter.trust.fill_(TRUST)
+
+
 def calibrate(interpreter: Interpreter, rows: InterpreterRows) -> None:
-    """Set the temperature, and how much the prototypes count, to what makes the rows likeliest."""
+    """Set the temperature, and how much prototypes and direct path count, to what makes the rows likeliest."""
+    encoded_SC, near_SC, direct_SC = read_parts(interpreter, rows)
     found = []
-    for mix in MIXES if interpreter.similarity is not None else (0.0,):
-        interpreter.mix.fill_(mix)
-        found.append((*softmax_temperature(read_logits(interpreter, rows), rows), mix))
-    _, temperature, mix = min(found)
+    for mix, trust in product((0.0,) if near_SC is None else MIXES, (0.0,) if direct_SC is None else TRUSTS):
+        logits_SC = encoded_SC
+        if near_SC is not None:
+            logits_SC = logits_SC + mix * near_SC
+        if direct_SC is not None:
+            logits_SC = logits_SC + trust * direct_SC
+        found.append((*softmax_temperature(logits_SC, rows), mix, trust))
+    _, temperature, mix, trust = min(found)
     interpreter.mix.fill_(mix)
+    interpreter.trust.fill_(trust)
     interpreter.temperature.fill_(temperature)
 
 
@@ -205,8 +245,7 @@ def uncertainty(interpreter: Interpreter, rows: InterpreterRows | Encyclopedia) 
     if rows.names != interpreter.names:
         raise DataError(f"the rows are about other concepts ({len(rows.names)}) than the interpreter knows")
     sums = np.zeros((4, len(rows.names)))
-    for start in range(0, len(rows), READ_AT_ONCE):
-        part = rows.select(np.arange(start, min(start + READ_AT_ONCE, len(rows))))
+    for part in _in_parts(rows):
         chance_BC = calibrated(read_logits(interpreter, part), interpreter.temperature)
         best_B2 = chance_BC.topk(2).values
         own_B = chance_BC.gather(1, part.labels_S.unsqueeze(1))[:, 0]

@@ -1,7 +1,8 @@
 """What an interpreter must beat, on the same rows: a linear softmax, nearest means, and TF-IDF on the texts.
 
-Every choice (epoch, weight decay, vectoriser) is made on the validation rows, as the interpreter's are, and every
-system's temperature too.
+The linear softmax is fitted twice: to the standardised states, and to the states along the directions of the
+interpreter's direct path, so that what these alone are worth is seen. Every choice (epoch, weight decay, vectoriser) is
+made on the validation rows, as the interpreter's are, and every system's temperature too.
 
 Axes: S rows, A rows that are asked about (validation and test), F features, C concepts.
 """
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 
 from ftw.map.training.interpreter import softmax_temperature
 from ftw.map.training.interpreter_data import DEV, TEST, TRAIN, InterpreterRows
+from ftw.map.training.interpreter_directions import find_directions, slot_states
 
 EPOCHS, PATIENCE, BATCH, RATE = 20, 2, 512, 1e-3
 DECAYS = (0.01, 0.3, 1.0)
+SHRINKAGE = 0.01
+WHITENED = "linear softmax, whitened"
 SHARPEST = 64.0  # a cosine as a logit; the temperature does the rest
 
 
@@ -30,7 +34,8 @@ def baselines(rows: InterpreterRows, *, seed: int = 0) -> dict[str, np.ndarray]:
     asked = np.concatenate([rows.where(DEV), rows.where(TEST)])
     judge = _Judge(rows.select(asked[:num_dev]))
     systems: dict[str, Callable[[], Tensor]] = {
-        "linear softmax": lambda: linear_softmax(rows, asked, judge, seed=seed),
+        "linear softmax": lambda: linear_softmax(rows, asked, judge, _features(rows), seed=seed),
+        WHITENED: lambda: linear_softmax(rows, asked, judge, _whitened(rows), seed=seed),
         "nearest mean": lambda: nearest_mean(rows, asked),
     }
     if any(rows.texts):
@@ -51,15 +56,17 @@ class _Judge:
         self.rows = rows
         self._best, self._logits = -1.0, torch.empty(0)
 
-    def better(self, logits_AC: Tensor) -> bool:
-        """Whether these are better than those before; without validation rows the latest are."""
+    def share(self, logits_AC: Tensor) -> float:
+        """Top-1 on the validation rows, kinds weighing the same; these logits are kept if none before were better.
+
+        Without validation rows the latest are kept.
+        """
         right = (logits_AC[: len(self.rows)].argmax(1) == self.rows.labels_S).double()
         kinds = np.asarray(self.rows.kinds)
         share = float(np.mean([right[kinds == kind].mean() for kind in set(self.rows.kinds)])) if len(kinds) else 0.0
-        better = share > self._best or not len(kinds)
-        if better:
+        if share > self._best or not len(kinds):
             self._best, self._logits = share, logits_AC
-        return better
+        return share
 
     def best(self) -> Tensor:
         """The best logits; the next system begins anew."""
@@ -67,16 +74,18 @@ class _Judge:
         return logits
 
 
-def linear_softmax(rows: InterpreterRows, asked: np.ndarray, judge: _Judge, *, seed: int = 0) -> Tensor:
+def linear_softmax(
+    rows: InterpreterRows, asked: np.ndarray, judge: _Judge, features_SF: Tensor, *, seed: int = 0
+) -> Tensor:
     """Logits [A, C] of one linear layer on all states of a row side by side; decay and epoch by validation."""
-    features_SF, train = _features(rows), torch.from_numpy(rows.where(TRAIN))
+    train = torch.from_numpy(rows.where(TRAIN))
     asked_AF = features_SF[torch.from_numpy(asked)]
     for decay in DECAYS:
         layer = nn.Linear(features_SF.shape[1], len(rows.names))
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
         optimizer = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=decay, fused=True)
-        worse = 0
+        best, worse = -1.0, 0
         for epoch in range(EPOCHS):
             order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(train)))
             for part in train[order].split(BATCH):
@@ -87,8 +96,9 @@ def linear_softmax(rows: InterpreterRows, asked: np.ndarray, judge: _Judge, *, s
                 (losses_B * rows.weights[part]).mean().backward()
                 optimizer.step()
             with torch.no_grad(), _fast():
-                worse = 0 if judge.better(layer(asked_AF).float()) else worse + 1
-            if worse == PATIENCE:
+                share = judge.share(layer(asked_AF).float())
+            best, worse = (share, 0) if share > best else (best, worse + 1)
+            if worse == PATIENCE and len(judge.rows):
                 break
     return judge.best()
 
@@ -123,18 +133,29 @@ def tfidf(rows: InterpreterRows, asked: np.ndarray, judge: _Judge) -> Tensor:
             found.append(np.full((len(asked), num), -1e4))
             found[-1][:, model.classes_] = model.predict_log_proba(texts)
         for logits in found:
-            judge.better(torch.from_numpy(logits.astype(np.float32)))
+            judge.share(torch.from_numpy(logits.astype(np.float32)))
     return judge.best()
 
 
 def _features(rows: InterpreterRows) -> Tensor:
     """States of a row side by side, standardised by the training rows, in bfloat16; the mean of a text's tokens."""
-    states_STD, train = rows.states_STD.float(), torch.from_numpy(rows.where(TRAIN))
-    if rows.mask_ST is not None:
-        there = rows.mask_ST.unsqueeze(-1)
-        states_STD = (states_STD * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
-    center, scale = states_STD[train].mean(0), states_STD[train].std(0).clamp_min(1e-3)
-    return ((states_STD - center) / scale).flatten(1).bfloat16()
+    states_SJD, center_JD, scale_JD = _standards(rows)
+    return ((states_SJD - center_JD) / scale_JD).flatten(1).bfloat16()
+
+
+def _whitened(rows: InterpreterRows) -> Tensor:
+    """All of a row's states along the directions of an interpreter's direct path, as many as there are, in bfloat16."""
+    states_SJD, center_JD, scale_JD = _standards(rows)
+    num = min(len(rows.names) - 1, center_JD.numel())
+    directions_JDR = find_directions(rows, center_JD, scale_JD, num=num, shrinkage=SHRINKAGE).directions_JDR
+    features_SR = ((states_SJD - center_JD) / scale_JD).flatten(1) @ directions_JDR.flatten(0, 1)
+    return (features_SR / features_SR.std().clamp_min(1e-3)).bfloat16()
+
+
+def _standards(rows: InterpreterRows) -> tuple[Tensor, Tensor, Tensor]:
+    """States by slot, and by the training rows their center and scale."""
+    states_SJD, train = slot_states(rows, torch.arange(len(rows))), torch.from_numpy(rows.where(TRAIN))
+    return states_SJD, states_SJD[train].mean(0), states_SJD[train].std(0).clamp_min(1e-3)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ class InterpreterTrainingConfig:
         noise: standard deviation of what is added to the standardised states in training.
         sampled: 0 takes the loss over all concepts; above, over those of the batch and so many others.
         contrast: weight of the contrastive term, for interpreters with a similarity head. sharpness: of its softmax.
+        shrinkage: of the covariance that the direct path counts out, in units of its mean variance.
         pools: states of a text that are read at each layer.
         baselines: whether a linear softmax, nearest means and TF-IDF are set beside it.
     """
@@ -51,6 +52,7 @@ class InterpreterTrainingConfig:
     sampled: int = 0
     contrast: float = 0.3
     sharpness: float = 10.0
+    shrinkage: float = 0.01
     pools: list[str] = field(default_factory=lambda: ["mean", "last"])
     baselines: bool = True
 
@@ -60,8 +62,9 @@ class InterpreterTrainingConfig:
         if wrong := {name: value for name, value in shares.items() if not 0 <= value < 1}:
             name, value = next(iter(wrong.items()))
             raise ConfigError(f"map.interpreter.{name}={value}: choose a share from 0 to below 1")
-        if self.learning_rate <= 0 or self.sharpness <= 0:
-            raise ConfigError(f"map.interpreter.learning_rate={self.learning_rate} and sharpness must be above 0")
+        for name in ("learning_rate", "sharpness", "shrinkage"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"map.interpreter.{name}={getattr(self, name)}: must be above 0")
         for name in ("weight_decay", "noise", "sampled", "contrast"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"map.interpreter.{name}={getattr(self, name)}: choose 0 or more")

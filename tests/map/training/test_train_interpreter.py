@@ -30,7 +30,10 @@ def accuracy(interpreter: Interpreter, rows: InterpreterRows, part: str = "test"
     return float((read_logits(interpreter, held).argmax(1) == held.labels_S).float().mean())
 
 
-@pytest.mark.parametrize("options", [{}, {"hierarchical": True}, {"similarity": 8}, {"sampled": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"hierarchical": True, "direct": 8}, {"similarity": 8, "direct": 8}, {"sampled": 3}],
+)
 def test_every_variant_learns_what_rows_of_unseen_groups_are_about(options: dict[str, object]) -> None:
     rows = toy_rows()
     interpreter = train_interpreter(rows, toy_fit(**options), tree=tree_of(rows))
@@ -45,16 +48,19 @@ def test_shuffled_labels_are_not_learnt() -> None:
     assert accuracy(interpreter, replace(rows, labels_S=shuffled)) < 0.5
 
 
-def test_texts_of_tokens_are_read_with_a_mask() -> None:
+@pytest.mark.parametrize("direct", [0, 8])
+def test_texts_of_tokens_are_read_with_a_mask(direct: int) -> None:
     rows = toy_rows()
     tokens_STD = rows.states_STD[:, :1].repeat(1, 5, 1)
     mask_ST = torch.arange(5).expand(len(rows), -1) <= torch.arange(len(rows)).unsqueeze(1) % 5
     tokens_STD = tokens_STD.masked_fill(~mask_ST.unsqueeze(-1), 100.0)
     ragged = replace(rows, states_STD=tokens_STD, mask_ST=mask_ST, slots=rows.slots[:1])
-    assert accuracy(train_interpreter(ragged, toy_fit()), ragged) >= 0.9
+    assert accuracy(train_interpreter(ragged, toy_fit(direct=direct)), ragged) >= 0.9
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.2}, {"similarity": 8, "slot_dropout": 0.2, "noise": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"dropout": 0.2}, {"similarity": 8, "slot_dropout": 0.2, "noise": 0.1, "direct": 8}]
+)
 def test_a_resumed_run_equals_an_unbroken_one(options: dict[str, object], tmp_path: Path) -> None:
     rows, fit = toy_rows(), toy_fit(**options)
 
@@ -92,7 +98,7 @@ def test_validation_goes_by_group_and_leaves_every_concept_a_row_to_train_on() -
 
 def test_one_row_a_concept_trains_without_validation() -> None:
     rows = replace(toy_rows(each=1), parts=["train"] * 6, groups=["term"] * 6)
-    interpreter = train_interpreter(rows, toy_fit(epochs=20))
+    interpreter = train_interpreter(rows, toy_fit(epochs=20, direct=8))
     assert accuracy(interpreter, rows, "train") == 1
     assert float(interpreter.temperature) == 1
 
@@ -197,7 +203,7 @@ def test_baselines_learn_too_and_chance_does_not() -> None:
     words = [f"word{label} text" for label in rows.labels_S.tolist()]
     said = baselines(replace(rows, texts=words))
     labels = rows.labels_S[rows.where("test")].numpy()
-    assert set(said) == {"linear softmax", "nearest mean", "TF-IDF", "chance"}
+    assert set(said) == {"linear softmax", "linear softmax, whitened", "nearest mean", "TF-IDF", "chance"}
     for name, chance_SC in said.items():
         assert chance_SC.sum(1) == pytest.approx(np.ones(len(labels)), abs=1e-4)
         if name != "chance":
