@@ -32,7 +32,8 @@ class InterpreterRows:
         names: C concepts. slots: T kinds of state; with `mask_ST`, one kind that all tokens are of.
         states_STD: layer-normed states, float16. mask_ST: where there is a token; None: everywhere.
         labels_S: which concept. groups: what a text was made from. parts: S of train, dev (validation), test, and
-            further: rows about other concepts, numbered from C on, which only a similarity is trained on.
+            further: rows about other concepts, numbered from C on, from which only a similarity and the directions
+            of a direct path are learnt.
         kinds: S words for what a row tests ("named", "unnamed"); weights_S: how much it counts in training.
         texts: what was read; may be empty strings. fingerprint: of the substrate.
     """
@@ -146,7 +147,7 @@ def without_held_out(rows: InterpreterRows, texts: set[str]) -> InterpreterRows:
 
 
 def with_further(rows: InterpreterRows, encyclopedia: Encyclopedia) -> InterpreterRows:
-    """The rows with those of an encyclopedia about other concepts, which only a similarity is trained on.
+    """The rows with those of an encyclopedia about other concepts (part `further`).
 
     Raises:
         DataError: states of another substrate. EncyclopediaError: a layer or pool that was not collected.
