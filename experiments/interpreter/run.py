@@ -28,6 +28,7 @@ from ftw.map.interpreter_figures import SYSTEM, figures, most_confused
 from ftw.map.leaks import LeakConfig, check_leaks
 from ftw.map.training.callbacks import quiet_trainer
 from ftw.map.training.interpreter import (
+    TRUST,
     InterpreterFit,
     mixed_precision,
     read_logits,
@@ -99,8 +100,11 @@ def fit(system: str, job: TrainJob, rows: InterpreterRows, tree: ConceptTree, fo
 def alone(interpreter: Interpreter, dev: InterpreterRows, test: InterpreterRows) -> dict[str, np.ndarray]:
     """What the parts of an interpreter say of the test rows by themselves, each calibrated on the dev rows."""
     said = {}
-    encoded, _, direct = zip(read_parts(interpreter, dev), read_parts(interpreter, test), strict=True)
-    for name, (dev_SC, test_SC) in zip(ALONE, (direct, encoded), strict=True):
+    (encoded_dev, _, direct_dev), (encoded, _, direct) = (read_parts(interpreter, rows) for rows in (dev, test))
+    assert direct_dev is not None  # the experiment's interpreter has a direct path
+    assert direct is not None
+    of_parts = ((TRUST * direct_dev, TRUST * direct), (encoded_dev, encoded))
+    for name, (dev_SC, test_SC) in zip(ALONE, of_parts, strict=True):
         tell_dev(name, dev_SC, dev)
         said[name] = calibrated(test_SC, softmax_temperature(dev_SC, dev)[1]).numpy()
     return said
