@@ -91,6 +91,12 @@ def _templates(growing: GrowingEncyclopedia, plan: Plan) -> Iterator[Context]:
             yield Context(index, fill(CONTEXTS[number], entry), _group(number), "template")
 
 
+def templates_left(growing: GrowingEncyclopedia) -> np.ndarray:
+    """How many templates each concept has not had, [N]."""
+    had = _groups_had(growing, stage=1)
+    return np.array([len(CONTEXTS) - len(had[index]) for index in range(len(growing))])
+
+
 def _group(number: int) -> str:
     return f"template {number}"
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ftw.errors import ConfigError, EncyclopediaError
 from ftw.map.growing.choose import least_certain
+from ftw.map.growing.contexts import templates_left
 from ftw.map.growing.judge import Judge, judge
 from ftw.map.growing.rounds import add_judging, finish_pending, refine
 from ftw.map.growing.store import GrowingEncyclopedia
@@ -125,13 +126,24 @@ def grow(
         spent = ledger.seconds >= 60 * config.budget_minutes
         if sure >= config.target or len(ledger.cycles) >= config.cycles or spent:
             return ledger
+        open_N = _open(growing, config.highest_stage)
+        if not open_N.any():
+            tell("every concept has had all its templates; grow.highest_stage=2 lets the substrate write more")
+            return ledger
         num = max(1, round(config.share * len(growing)))
-        chosen = least_certain(confidence_N, num)
+        chosen = least_certain(np.where(open_N, confidence_N, np.inf), min(num, int(open_N.sum())))
         ledger.cycles.append(
             {"confidence": round(sure, 6), "samples": samples, "plans": _plans(growing, chosen, config)}
         )
         ledger.cycles[-1]["first_round"] = growing.num_rounds
         clock.stop()
+
+
+def _open(growing: GrowingEncyclopedia, highest_stage: int) -> np.ndarray:
+    """Which concepts can get another text: there are so many templates and no more, the later stages write theirs."""
+    if highest_stage > 1:
+        return np.ones(len(growing), dtype=bool)
+    return templates_left(growing) > 0
 
 
 def _plans(growing: GrowingEncyclopedia, chosen: list[int], config: GrowConfig) -> list[dict[str, Any]]:

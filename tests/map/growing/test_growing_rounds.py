@@ -19,6 +19,7 @@ from ftw.map.growing.judge import Judgement, judge, nearest_mean
 from ftw.map.growing.plan import Plan
 from ftw.map.growing.rounds import add_judging, bootstrap, finish_pending, refine
 from ftw.map.growing.writing import WritingConfig
+from ftw.map.sentences import CONTEXTS
 from ftw.substrate.model import Substrate
 
 
@@ -97,6 +98,15 @@ def test_grow_stops_at_its_target_and_at_its_budget(tmp_path: Path, tiny_substra
     assert easy.cycles == []
     short = GrowConfig(budget_minutes=1e-9, highest_stage=1, target=1.0)
     assert grow(growing, tiny_substrate, by_nearest_mean, short, progress=False).cycles == []
+
+
+def test_grow_ends_where_all_templates_are_used(tmp_path: Path, tiny_substrate: Substrate):
+    growing, told = started(tmp_path / "growing", tiny_substrate), list[str]()
+    config = GrowConfig(cycles=9, share=0.7, contexts=len(CONTEXTS), highest_stage=1, target=1.0)
+    ledger = grow(growing, tiny_substrate, by_nearest_mean, config, tell=told.append, progress=False)
+    assert len(ledger.cycles) == 2  # those of the first have no template left, so the second takes the others
+    assert set(growing.num_samples.tolist()) == {1 + len(CONTEXTS)}
+    assert "grow.highest_stage=2" in told[-1]
 
 
 def test_texts_written_before_a_kill_are_read_back_and_kept_masked_too(tmp_path: Path, tiny_substrate: Substrate):
