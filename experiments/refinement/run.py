@@ -34,7 +34,7 @@ from ftw.substrate.sources import fetch
 
 LAYERS = [0.1, 0.3, 0.5, 0.7, 0.9]
 ARMS = ("none", "random", "entropy", "margin", "disagreement")
-MODEL = InterpreterConfig(width=128, num_blocks=2, num_heads=4, feedforward=256)
+MODEL = InterpreterConfig(width=128, num_blocks=2, num_heads=4, feedforward=256, direct=512)
 TRAINING = InterpreterTrainingConfig(learning_rate=1e-3)
 
 
@@ -125,10 +125,13 @@ def _hits(reader: Interpreter, tests: InterpreterRows) -> np.ndarray:
 
 
 def _figures(hits: dict[str, np.ndarray], chosen: dict[str, list[int]], test: Rows, study: Study) -> list[dict]:
-    """Each arm's share of hits, and its difference from chance's, with intervals over concepts."""
+    """Each arm's share of hits, over all concepts and over those of each choice, with intervals over concepts.
+
+    Beside it the difference from what refining by chance gives, and from what refining nothing gives.
+    """
     concept_S, named_S = test.concept, test.named
     random, found = np.random.default_rng(1), []
-    for group in ("all", *ARMS[2:]):
+    for group in ("all", *ARMS[1:]):
         wanted = np.arange(study.num) if group == "all" else np.array(sorted(chosen[group]))
         for kind, of_kind_S in (("named", named_S), ("unnamed", ~named_S)):
             rows = np.flatnonzero(of_kind_S & np.isin(concept_S, wanted))
@@ -137,21 +140,18 @@ def _figures(hits: dict[str, np.ndarray], chosen: dict[str, list[int]], test: Ro
             for arm in ARMS:
                 for number, name in enumerate(("top1", "top5")):
                     of_N = _by_concept(hits[arm][number, rows], place, len(concepts))
-                    gain_N = of_N - _by_concept(hits["random"][number, rows], place, len(concepts))
-                    low, high = np.quantile(of_N[drawn_RN].mean(1), [0.025, 0.975])
-                    gain_low, gain_high = np.quantile(gain_N[drawn_RN].mean(1), [0.025, 0.975])
-                    found.append(
-                        {
-                            "concepts": group,
-                            "num": len(concepts),
-                            "tests": kind,
-                            "arm": arm,
-                            "figure": name,
-                            "share": [float(of_N.mean()), float(low), float(high)],
-                            "over_random": [float(gain_N.mean()), float(gain_low), float(gain_high)],
-                        }
-                    )
+                    figure = {"concepts": group, "num": len(concepts), "tests": kind, "arm": arm, "figure": name}
+                    figure["share"] = _interval(of_N, drawn_RN)
+                    for other in ("random", "none"):
+                        other_N = _by_concept(hits[other][number, rows], place, len(concepts))
+                        figure[f"over_{other}"] = _interval(of_N - other_N, drawn_RN)
+                    found.append(figure)
     return found
+
+
+def _interval(of_N: np.ndarray, drawn_RN: np.ndarray) -> list[float]:
+    """Mean over concepts, and the bounds of 95 % of its resamples."""
+    return [float(of_N.mean()), *map(float, np.quantile(of_N[drawn_RN].mean(1), [0.025, 0.975]))]
 
 
 def _by_concept(values_S: np.ndarray, place_S: np.ndarray, num: int) -> np.ndarray:
@@ -179,7 +179,9 @@ def main() -> None:
     if words.json:
         words.json.write_text(json.dumps(found, indent=1) + "\n")
     for row in found["figures"]:
-        print(row["concepts"], row["tests"], row["arm"], row["figure"], row["share"], row["over_random"])
+        print(
+            row["concepts"], row["tests"], row["arm"], row["figure"], row["share"], row["over_random"], row["over_none"]
+        )
 
 
 if __name__ == "__main__":
