@@ -1,4 +1,6 @@
-"""What a step of training costs with 50,000 concepts, over all of them and over a sample; random states, one thread.
+"""What training costs with 50,000 concepts, a step over all of them or a sample, and the direct path; one thread.
+
+States are random: only time is measured.
 
 python experiments/interpreter/many_concepts.py
 """
@@ -13,9 +15,10 @@ from ftw.hat.interpreter import InterpreterConfig, Slot
 from ftw.map.training.callbacks import quiet_lightning, quiet_trainer
 from ftw.map.training.interpreter import InterpreterFit, mixed_precision, train_interpreter
 from ftw.map.training.interpreter_data import InterpreterRows
+from ftw.map.training.interpreter_directions import find_directions
 from ftw.map.training.interpreter_task import InterpreterTrainingConfig
 
-CONCEPTS, ROWS, LAYERS, WIDTH, STEPS = 50_000, 50_000, 5, 576, 12
+CONCEPTS, ROWS, LAYERS, WIDTH, STEPS, DIRECTIONS = 50_000, 50_000, 5, 576, 12, 512
 
 
 def rows() -> InterpreterRows:
@@ -43,7 +46,7 @@ class Clock(Callback):
 
 
 def main() -> None:
-    """Seconds a step, after two to warm up."""
+    """Seconds a step, after two to warm up, and seconds for the direct path, which is computed once."""
     torch.set_num_threads(1)
     quiet_lightning()
     data, model = rows(), InterpreterConfig(width=256, num_blocks=2, feedforward=512)
@@ -61,6 +64,10 @@ def main() -> None:
             f"sampled={sampled}: {1000 * step:.0f} ms a step of 256 rows, {ROWS / 256 * step:.0f} s an epoch",
             flush=True,
         )
+    standard = torch.zeros(LAYERS, WIDTH), torch.ones(LAYERS, WIDTH)
+    start = time.perf_counter()
+    find_directions(data, *standard, num=DIRECTIONS, shrinkage=0.01)
+    print(f"{DIRECTIONS} directions of {LAYERS * WIDTH} features: {time.perf_counter() - start:.0f} s, once")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,20 @@
 """`ftw train experiment=interpreter` and `ftw interpret` on toy data: what is written, read and refused."""
 
 import json
+from pathlib import Path
 
 import pytest
+from pytorch_lightning.loggers import WandbLogger
+from toy_rows import toy_fit, toy_rows
 from toy_run import ToyRun, inside, run_verb
 
+from ftw.cli._interpreter import evaluate_run
+from ftw.cli._schema_train import MapNode, TrainJob
+from ftw.hat.concept_tree import ConceptTree
 from ftw.hat.interpreter import Interpreter
+from ftw.map.training.interpreter import train_interpreter
+from ftw.map.training.interpreter_task import InterpreterTrainingConfig
+from ftw.ui.steps import Steps
 
 SMALL = [
     "experiment=interpreter",
@@ -97,3 +106,25 @@ def test_what_cannot_be_is_said_in_a_sentence(
         run_verb(verb, *own)
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_wandb_offline_has_the_figures_and_the_picture_of_confusions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    rows = toy_rows()
+    tree = ConceptTree.of_categories(rows.names, {name: "ab"[place % 2] for place, name in enumerate(rows.names)})
+    interpreter = train_interpreter(rows, toy_fit(epochs=1, direct=4), tree=tree)
+    job = TrainJob(map=MapNode(interpreter=InterpreterTrainingConfig(baselines=False)))
+    logger = WandbLogger(project="ftw", save_dir=str(tmp_path), offline=True)
+    try:
+        evaluate_run(job, Steps(), interpreter, rows, [logger], tmp_path)
+    finally:
+        wandb.finish()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(run.glob("files/media/images/test/confusions*.png"))
+    (record,) = run.glob("*.wandb")
+    assert b"test/named_top1" in record.read_bytes()

@@ -31,7 +31,7 @@ from ftw.substrate.taps import cpu_has_bfloat16
 EPOCHS = 12
 TEMPERATURES = torch.logspace(-1, 1, 81)
 READ_AT_ONCE = 1024
-MIXES = (0.0, 2.0, 5.0, 10.0, 20.0, 40.0)  # of the cosine to a prototype, beside the logits
+MIXES = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)  # of the cosine to a prototype, beside the logits
 TRUSTS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)  # of the direct path's cosine, likewise
 TRUST = 40.0  # where nothing is validated
 
