@@ -61,8 +61,10 @@ def generate_texts(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     texts = [""] * len(prompts)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_interactive)  # in a log it would leave an empty line
     with (
-        Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar,
+        Progress(*columns, console=console, disable=hidden, transient=True) as bar,
         fast_copy(substrate) as model,
         _own_random_state(substrate.device, seed),
         torch.inference_mode(),
