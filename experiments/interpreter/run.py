@@ -37,7 +37,7 @@ from ftw.map.training.interpreter import (
     train_interpreter,
 )
 from ftw.map.training.interpreter_baselines import baselines
-from ftw.map.training.interpreter_data import DEV, TEST, InterpreterRows, read_rows
+from ftw.map.training.interpreter_data import DEV, TEST, InterpreterRows, read_rows, with_further
 from ftw.map.wordnet import WordNet
 from ftw.substrate.model import load_substrate
 from ftw.substrate.sources import fetch
@@ -63,6 +63,9 @@ def read(job: TrainJob) -> tuple[InterpreterRows, ConceptTree]:
     made = describe(WordNet.open(fetch("wordnet-3.0").folder), job.data, job.seed, substrate=substrate)
     with collect(substrate, made.table, job.map.encyclopedia) as encyclopedia:
         rows = read_rows(encyclopedia, pools=job.map.interpreter.pools)
+    if made.further is not None:  # with --set data.further=NUMBER, of use to the multitask interpreter
+        with collect(substrate, made.further, job.map.encyclopedia) as more:
+            rows = with_further(rows, more)
     return rows, ConceptTree.of_categories(rows.names, made.categories)
 
 

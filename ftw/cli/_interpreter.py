@@ -65,7 +65,7 @@ def interpreter_run(job: TrainJob, run_steps: Steps, *, folder: Path) -> Trained
         step.note(f"{len(made.table):,} texts, layers {', '.join(map(str, encyclopedia.spec.layers))}")
     with encyclopedia:
         rows = read_rows(encyclopedia, pools=job.map.interpreter.pools).with_validation(job.seed)
-    if made.further is not None and (job.model.similarity or job.model.direct):
+    if made.further is not None and job.model.similarity:
         with run_steps.step("Collect states of further concepts"), collect(substrate, made.further, config) as more:
             rows = with_further(rows, more)
     rows = without_held_out(rows, copies)

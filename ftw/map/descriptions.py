@@ -50,8 +50,8 @@ class DescriptionsConfig:
         contexts: everyday sentences with a lemma, for each concept, to train on. held_out_contexts: to judge on.
         neighbours: glosses of concepts right below, lemmas taken out, for each concept.
         written: texts that the substrate writes about each concept, told its name and what kind of thing it is.
-        further: nouns beside these, each with its gloss, and its article if it has one: what a similarity and the
-            directions of a direct path are learnt from, and nothing is judged by.
+        further: nouns beside these, each with its gloss, and its article if it has one: what a similarity is trained
+            on, and nothing is judged by.
         sentences: single sentences of an article that is trained on, beside its lead.
         max_characters: longer texts end at their last sentence before this.
         max_new_tokens, temperature: of the substrate's own texts.

@@ -32,8 +32,7 @@ class InterpreterRows:
         names: C concepts. slots: T kinds of state; with `mask_ST`, one kind that all tokens are of.
         states_STD: layer-normed states, float16. mask_ST: where there is a token; None: everywhere.
         labels_S: which concept. groups: what a text was made from. parts: S of train, dev (validation), test, and
-            further: rows about other concepts, numbered from C on, from which only a similarity and the directions
-            of a direct path are learnt.
+            further: rows about other concepts, numbered from C on, which only a similarity is trained on.
         kinds: S words for what a row tests ("named", "unnamed"); weights_S: how much it counts in training.
         texts: what was read; may be empty strings. fingerprint: of the substrate.
     """

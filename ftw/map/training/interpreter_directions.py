@@ -4,11 +4,11 @@ Texts about one concept differ by their sentences, and states vary much along th
 about concepts. It is the same for all of them, so it is measured over all, and counted out:
 
 1. S is the covariance of the rows about their concepts' means, all slots side by side, shrunk towards a multiple of the
-   identity. Rows about further concepts count in it as well.
+   identity.
 2. In coordinates where S is the identity, the directions in which the concepts' means differ most are kept.
 3. There each concept has a place: the direction of its mean. Nothing is trained.
 
-Axes: S rows, C concepts, L concepts and further ones, J slots, D model width, F = J * D features, R directions.
+Axes: S rows, C concepts, J slots, D model width, F = J * D features, R directions.
 
 Source: Fisher 1936, The use of multiple measurements in taxonomic problems; Rao 1948, The utilization of multiple
 measurements in problems of biological classification (more than two classes).
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ftw.errors import ConfigError
-from ftw.map.training.interpreter_data import FURTHER, TRAIN, InterpreterRows
+from ftw.map.training.interpreter_data import TRAIN, InterpreterRows
 
 BLOCK_ROWS = 2048
 MOST_FEATURES = 16_384  # S has the square of it: 1 GiB
@@ -63,23 +63,22 @@ def scatter(rows: InterpreterRows, center_JD: Tensor, scale_JD: Tensor) -> tuple
 
     Where no concept has two rows, S is the covariance of all rows.
     """
-    used = np.concatenate([rows.where(TRAIN), rows.where(FURTHER)])
+    used = rows.where(TRAIN)
     weights_S, labels_S = rows.weights[torch.from_numpy(used)], rows.labels_S[torch.from_numpy(used)]
-    num_labels, num_features = max(len(rows.names), int(labels_S.max()) + 1), center_JD.numel()
-    total_FF, sums_LF = torch.zeros(num_features, num_features), torch.zeros(num_labels, num_features)
-    size_L = torch.zeros(num_labels).index_add_(0, labels_S, weights_S)
+    num_concepts, num_features = len(rows.names), center_JD.numel()
+    total_FF, sums_CF = torch.zeros(num_features, num_features), torch.zeros(num_concepts, num_features)
+    size_C = torch.zeros(num_concepts).index_add_(0, labels_S, weights_S)
     first = 0
     for x_SF in _features(rows, used, center_JD, scale_JD):
         part = slice(first, first + len(x_SF))
         weighted_SF = x_SF * weights_S[part].unsqueeze(1)
         total_FF += weighted_SF.T @ x_SF
-        sums_LF.index_add_(0, labels_S[part], weighted_SF)
+        sums_CF.index_add_(0, labels_S[part], weighted_SF)
         first = part.stop
-    there_L = size_L > 0
-    means_LF = sums_LF / size_L.clamp_min(1e-6).unsqueeze(1)
-    spare = float(size_L.sum() - there_L.sum())  # degrees of freedom
-    within_FF = (total_FF - sums_LF.T @ means_LF) / spare if spare > 0.5 else total_FF / float(size_L.sum())
-    means_CF, there_C = means_LF[: len(rows.names)], there_L[: len(rows.names)]
+    there_C = size_C > 0
+    means_CF = sums_CF / size_C.clamp_min(1e-6).unsqueeze(1)
+    spare = float(size_C.sum() - there_C.sum())  # degrees of freedom
+    within_FF = (total_FF - sums_CF.T @ means_CF) / spare if spare > 0.5 else total_FF / float(size_C.sum())
     return within_FF, (means_CF - means_CF[there_C].mean(0)) * there_C.unsqueeze(1)
 
 
