@@ -47,7 +47,7 @@ def find_directions(
     if center_JD.numel() > MOST_FEATURES:
         raise ConfigError(
             f"a direct path of {center_JD.numel():,} features ({len(center_JD)} slots of width {center_JD.shape[1]}); "
-            f"its covariance takes at most {MOST_FEATURES:,}: read fewer layers or pools, or set model.direct=0"
+            f"its covariance takes at most {MOST_FEATURES:,}: read fewer layers or pools, or set direct=0 of the model"
         )
     within_FF, means_CF = scatter(rows, center_JD, scale_JD)
     within_FF.diagonal().add_(shrinkage * within_FF.diagonal().mean().clamp_min(1e-6))
