@@ -44,7 +44,7 @@ from ftw.substrate.sources import fetch
 
 MODELS = {SYSTEM: "interpreter", "hierarchical": "interpreter_hierarchical", "multitask": "interpreter_multitask"}
 ALONE = ("direct path alone", "encoder alone")  # parts of the interpreter
-ORDER = [*MODELS, *ALONE, "linear softmax, whitened", "linear softmax", "nearest mean", "TF-IDF", "chance"]
+ORDER = [*MODELS, *ALONE, "linear, whitened", "linear softmax", "nearest mean", "TF-IDF", "chance"]
 
 
 def job_of(model: str, *changes: str) -> TrainJob:

@@ -19,7 +19,8 @@ KINDS = ("named", "unnamed", "all")
 
 def figures_table(found: Mapping[str, Any]) -> Table:
     """Systems in rows; for each kind of text top-1 and top-5 with intervals, and the interpreter's lead."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    # Narrow gaps: all columns fit into a terminal of 80.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("texts", "system"):
         table.add_column(name, no_wrap=True)
     for name in ("top-1", "95 %", "top-5", "ECE", "ahead", "95 %"):

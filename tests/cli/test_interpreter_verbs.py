@@ -47,7 +47,7 @@ def test_a_run_leaves_interpreter_figures_configuration_and_checkpoint(trained: 
     assert set(systems) == {
         "interpreter",
         "linear softmax",
-        "linear softmax, whitened",
+        "linear, whitened",
         "nearest mean",
         "TF-IDF",
         "chance",

@@ -21,7 +21,7 @@ from ftw.map.training.interpreter_directions import find_directions, slot_states
 EPOCHS, PATIENCE, BATCH, RATE = 20, 2, 512, 1e-3
 DECAYS = (0.01, 0.3, 1.0)
 SHRINKAGE = 0.01
-WHITENED = "linear softmax, whitened"
+WHITENED = "linear, whitened"
 SHARPEST = 64.0  # a cosine as a logit; the temperature does the rest
 
 
