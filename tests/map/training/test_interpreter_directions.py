@@ -74,5 +74,5 @@ def test_the_direct_path_counts_for_as_much_as_validation_says() -> None:
 
 def test_more_features_than_a_covariance_can_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter_directions, "MOST_FEATURES", 16)
-    with pytest.raises(ConfigError, match=r"model\.direct=0"):
+    with pytest.raises(ConfigError, match=r"direct=0"):
         train_interpreter(toy_rows(), toy_fit(epochs=1, direct=4))
