@@ -215,7 +215,9 @@ def train(job: TrainJob) -> float | None:
         return None
     leave_results(job, trained, run_steps, title=f"Lens pack {trained.pack.pack_id}")
     folder = _run.shown(trained.folder)
-    rows = {"report": f"{folder}/report.html", "pack": f"{folder}/pack", "read with": 'ftw monitor prompt="..."'}
+    windows = " mode=timeline" if job.hat.lens.reads_sequences else ""
+    rows = {"report": f"{folder}/report.html", "pack": f"{folder}/pack"}
+    rows["read with"] = f'ftw monitor prompt="..."{windows}'
     if any(trained.folder.glob("wandb/offline-*")):
         rows["to wandb"] = f"wandb sync {folder}/wandb/offline-*"
     run_steps.console.print(overview("Written", rows))

@@ -80,7 +80,8 @@ class EvaluationTable:
         if num_weak:
             yield Text(
                 f"* {num_weak} of {len(rows)} lenses are no better than a control (t: text only, s: shuffled labels, "
-                "l: length, p: position, r: random direction, f: first layer); trust their readings accordingly",
+                "l: length, p: position, r: random direction, f: first layer, m: a linear lens on every token); trust "
+                "their readings accordingly",
                 style="yellow",
             )
         for note in self.evaluation.notes:
@@ -108,7 +109,7 @@ def _ends(num_rows: int, limit: int) -> list[int | None]:
 
 
 def _marked(name: str, row: Metrics) -> Text:
-    marks = "".join(word[0] for word in figures.weak(row))
+    marks = "".join("m" if word == "token_max" else word[0] for word in figures.weak(row))
     return Text(printable(name)).append(f" *{marks}" if marks else "")
 
 
