@@ -1,6 +1,7 @@
 """`ftw train experiment=interpreter` and `ftw interpret` on toy data: what is written, read and refused."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,11 @@ def test_wandb_offline_has_the_figures_and_the_picture_of_confusions(
     try:
         evaluate_run(job, Steps(), interpreter, rows, [logger], tmp_path)
     finally:
-        wandb.teardown()  # ends the run, and its service, which writes the record when it likes
+        wandb.finish()
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(run.glob("files/media/images/test/confusions*.png"))
     (record,) = run.glob("*.wandb")
-    assert b"test/named_top1" in record.read_bytes()
+    deadline = time.monotonic() + 60  # wandb's service writes the record when it likes
+    while b"test/named_top1" not in record.read_bytes():
+        assert time.monotonic() < deadline, "the figures are not in the run's record"
+        time.sleep(0.1)
