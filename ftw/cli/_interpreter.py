@@ -1,7 +1,7 @@
 """`ftw train` with a model: an interpreter instead of lenses, and its figures beside those of what it must beat."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ftw.map.collect import collect
 from ftw.map.descriptions import DescriptionsConfig
 from ftw.map.estimate import estimate
 from ftw.map.interpreter_figures import SYSTEM, confusions, figures, most_confused
-from ftw.map.leaks import check_leaks
+from ftw.map.leaks import check_leaks, find_leaks
 from ftw.map.training.interpreter import InterpreterFit, read_logits, train_interpreter
 from ftw.map.training.interpreter_baselines import baselines
 from ftw.map.training.interpreter_data import TEST, InterpreterRows, read_rows, with_further, without_held_out
@@ -57,7 +57,7 @@ def interpreter_run(job: TrainJob, run_steps: Steps, *, folder: Path) -> Trained
     with run_steps.step("Look for leaks") as step:
         # Of the texts that FTW makes itself, near-copies are left out of what is judged; the user's own are refused.
         own = isinstance(job.data, DescriptionsConfig)
-        leaks = check_leaks(made.table, replace(job.map.leaks, allow=True) if own else job.map.leaks)
+        leaks = find_leaks(made.table, job.map.leaks.similarity) if own else check_leaks(made.table, job.map.leaks)
         copies = {made.table.texts[held] for _, held in leaks.pairs} if own else set()
         step.note(leaks.line())
     with run_steps.step("Collect states") as step:
