@@ -88,6 +88,7 @@ def test_every_sweep_composes_with_keys_that_there_are(choice: str):
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(paths.conf())):
         config = hydra.compose("train", overrides=[f"sweep={choice}"], return_hydra_config=True)
         space, _ = search_space(dict(config.hydra.sweeper.params), [])
+        assert space
         for key, distribution in space.items():
             choices = getattr(distribution, "choices", None)
             value = choices[0] if choices else distribution.low  # pyright: ignore[reportAttributeAccessIssue]
