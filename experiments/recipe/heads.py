@@ -99,7 +99,7 @@ def attention(encyclopedia: Encyclopedia, rows: LensRows, test: np.ndarray) -> n
         trainer=lambda _: quiet_trainer(EPOCHS),
         seed=SEED,
     )
-    return read_answers(stack.sequence_bank(), encyclopedia, test)[:, 0]
+    return read_answers(stack.sequence_bank().stored(), encyclopedia, test)[:, 0]
 
 
 def _token_pool(encyclopedia: Encyclopedia, rows: LensRows) -> SequencePool:

@@ -64,12 +64,12 @@ def fit(options: argparse.Namespace) -> None:
         stack = fit_sequences(pool, head, training, trainer=make, seed=options.seed)
         seconds = time.perf_counter() - start
         rows = test_rows(store, options.layers[0])
-        bank = stack.sequence_bank()
+        bank = stack.sequence_bank().stored()
         kept = {f"cut_{most}": read_answers(bank, store, rows, most=most) for most in options.cuts}
         kept["whole"] = read_answers(bank, store, rows)
         if options.shuffled:
             control = shuffled_stack(pool, head, training, trainer=make, seed=options.seed)
-            kept["shuffled"] = read_answers(control.sequence_bank(), store, rows)
+            kept["shuffled"] = read_answers(control.sequence_bank().stored(), store, rows)
     facts = {
         "seconds": seconds,
         "epochs": trainers[0].current_epoch,

@@ -25,7 +25,7 @@ from ftw.hat.temporal.sequence import TRAINED_BYTES, lenses_at_once
 from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
 from ftw.hat.temporal.windows import WindowReader
-from ftw.substrate.taps import cpu_has_bfloat16
+from ftw.substrate.taps import fast_type
 
 TOKENS, BATCH, STRIDE = 20, 32, 5
 TRAINED, LIVE, BEHIND_TRUNK, RANK = 8, 100, 1000, 128
@@ -46,7 +46,7 @@ def temporal_rows(watch: Stopwatch) -> Iterator[Row]:
 
 def _training(watch: Stopwatch, width: int, units: int, *, basis: bool) -> Row:
     """A step of many lenses together, each on answers of its own, against one after the other with nn.LSTM."""
-    num, dtype = watch.size(TRAINED, 2), _dtype(watch)
+    num, dtype = watch.size(TRAINED, 2), fast_type(watch.device)
     at_once = lenses_at_once(RecurrentHead(num, width, hidden=units), BATCH, TOKENS, cached_bytes=TRAINED_BYTES)
     parts = [
         RecurrentHead(min(at_once, num - at), width, hidden=units).to(watch.device) for at in range(0, num, at_once)
@@ -96,7 +96,7 @@ def _training(watch: Stopwatch, width: int, units: int, *, basis: bool) -> Row:
 
 def _live(watch: Stopwatch, case: str, stack: LensStack, token: Call) -> Row:
     """Windows of 20 tokens, one for every 5, a token's share of it; against torch's LSTM over each window and lens."""
-    bank, width = stack.sequence_bank().to(watch.device), watch.size(WIDTH, 16)
+    bank, width = stack.sequence_bank().to(watch.device).stored(), watch.size(WIDTH, 16)
     units = bank.trunk.hidden if bank.trunk is not None else _hidden(stack.heads[0])
     reader = WindowReader(bank, window=TOKENS, stride=STRIDE)
     fresh_BtLD = torch.randn(1, STRIDE, 1, width, device=watch.device)
@@ -136,10 +136,9 @@ def _live(watch: Stopwatch, case: str, stack: LensStack, token: Call) -> Row:
 
 
 def _lenses(watch: Stopwatch, units: int) -> LensStack:
-    """Independent LSTM lenses, in the precision that they are read in."""
+    """Independent LSTM lenses."""
     num = watch.size(LIVE, 3)
-    head = RecurrentHead(num, watch.size(WIDTH, 16), hidden=units)
-    return _stack(num, head.stored(str(_dtype(watch)).removeprefix("torch.")))
+    return _stack(num, RecurrentHead(num, watch.size(WIDTH, 16), hidden=units))
 
 
 def _behind_trunk(watch: Stopwatch, units: int) -> LensStack:
@@ -158,7 +157,3 @@ def _stack(num: int, head: Head) -> LensStack:
 
 def _hidden(head: Any) -> int:
     return head.hidden
-
-
-def _dtype(watch: Stopwatch) -> torch.dtype:
-    return torch.bfloat16 if watch.device.type == "cuda" or cpu_has_bfloat16() else torch.float32

@@ -15,11 +15,12 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ftw.cli import _run
 from ftw.errors import ConfigError
+from ftw.map.training.checkpoints import FileCheckpointIO
 from ftw.map.training.interpreter import mixed_precision
 from ftw.ui.steps import Step
 
-# A configuration names classes to be built; only Lightning's may be.
-ALLOWED = ("pytorch_lightning.",)
+# A configuration names classes to be built; only Lightning's, and these of ours, may be.
+ALLOWED = ("pytorch_lightning.", "ftw.map.training.checkpoints.")
 CHECKPOINTS = "checkpoints"  # folder of a run
 
 
@@ -67,6 +68,7 @@ def make_trainer(job: Any, callbacks: list[pl.Callback], step: Step) -> pl.Train
         callbacks=[EpochProgress(step), *callbacks, *further],
         enable_progress_bar=bar,
         enable_checkpointing=any(isinstance(one, Checkpoint) for one in further),
+        plugins=[FileCheckpointIO()],
         default_root_dir=str(folder),
     )
 

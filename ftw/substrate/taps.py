@@ -173,8 +173,7 @@ def resolve_precision(substrate: Substrate, precision: str) -> str:
     "float32" computes in the dtype of the weights, without autocast.
     """
     if precision == "auto":
-        fast = substrate.device.type == "cuda" or (substrate.device.type == "cpu" and cpu_has_bfloat16())
-        return "bfloat16" if fast else "float32"
+        return "bfloat16" if fast_type(substrate.device) == torch.bfloat16 else "float32"
     if precision not in ("float32", "bfloat16"):
         raise ConfigError(f"precision={precision!r} is unknown; choose from auto, float32, bfloat16")
     return precision
@@ -185,6 +184,12 @@ def cpu_has_bfloat16() -> bool:
     # torch has no public question for these; where a version lacks one, the answer is the slower, exact way.
     questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, question, bool)() for question in questions)
+
+
+def fast_type(device: torch.device) -> torch.dtype:
+    """What matrix products are fast in: bfloat16 on a GPU and on a CPU that has it, else float32."""
+    fast = device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())
+    return torch.bfloat16 if fast else torch.float32
 
 
 def autocast(substrate: Substrate, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -19,6 +19,7 @@ from ftw.hat.readout import Readable
 from ftw.hat.temporal.sequence import READ_BYTES, SequenceHead, lenses_at_once
 from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
+from ftw.substrate.taps import fast_type
 
 POOLS = ("mean", "max", "last")
 
@@ -71,6 +72,22 @@ class SequenceBank(nn.Module):
 
     def __len__(self) -> int:
         return len(self.lenses)
+
+    def stored(self, precision: str = "auto") -> "SequenceBank":
+        """The same lenses to read with, their large weights in another precision; those behind a trunk as they are.
+
+        Args:
+            precision: "auto" is what the machine multiplies fast: bfloat16 or float32. What is read is computed in it;
+                on the demo's LSTMs bfloat16 is three times as fast, and one decision of 10,000 is another.
+
+        Raises:
+            ConfigError: no such precision.
+        """
+        if precision == "auto":
+            precision = str(fast_type(self.lenses.offset.device)).removeprefix("torch.")
+        if self.trunk is not None:
+            return self
+        return SequenceBank(self.lenses.stored(precision), basis=self.basis)
 
     def rows_of(self, names: Sequence[str], /) -> Tensor:
         """Lens indices of some concepts; an unknown one is a ConceptError."""

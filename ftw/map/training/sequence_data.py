@@ -23,7 +23,7 @@ from ftw.hat.basis import Basis, fit_basis
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.sequences import NEGATED
 from ftw.map.training.data import group_folds
-from ftw.substrate.taps import cpu_has_bfloat16
+from ftw.substrate.taps import fast_type
 
 # Where each lens reads its own answers, so many positives in an epoch (50 are sampled for a concept; one that stands
 # above many has thousands), and so many held-out negatives for each: more would take longer to read than to train on.
@@ -80,33 +80,28 @@ class SequencePool:
             names=self.names[lenses],
         )
 
-    def rows_of_lenses(self, *, held_out: bool) -> Tensor:
-        """Rows that each lens uses, [N, K]; -1 behind the last of a lens."""
-        return _padded(self._rows(held_out))
+    def rows_of_lenses(self, *, held_out: bool) -> list[Tensor]:
+        """Rows that each lens uses, [K] each; on the CPU."""
+        # Marks may have gone to a GPU with the lenses; the lists of rows are made on the CPU.
+        used_NS = ((self.weights_SN.cpu() > 0) & (self.held_out_S == held_out).unsqueeze(1)).T.contiguous()
+        return [used_S.nonzero().flatten() for used_S in used_NS]
 
-    def rows_of_epoch(self, epoch: int, seed: int) -> Tensor:
-        """Rows that each lens trains on in an epoch, [N, K] in random order; -1 behind the last of a lens.
+    def rows_to_stop_by(self, *, own: bool) -> Tensor:
+        """Held-out rows that each lens is stopped and calibrated by, [N, K]; -1 behind the last of a lens.
 
-        At most `EPOCH_POSITIVES` and as many negatives; each epoch takes the next ones. The order of a lens hangs on
-        seed, epoch and the concept's name alone.
+        Args:
+            own: each lens reads its own, so it has as in `RowsOfEpoch`, with `HELD_OUT_NEGATIVES` for each positive;
+                else all.
         """
-        drawn = []
-        for lens, rows_K in enumerate(self._rows(held_out=False)):
-            rows_K = self._thinned(rows_K, lens, negatives=1, turn=epoch, seed=seed)
-            order = np.random.default_rng([seed, epoch, key_of(self.names[lens])]).permutation(len(rows_K))
-            drawn.append(rows_K[torch.from_numpy(order)])
-        return _padded(drawn)
-
-    def rows_to_stop_by(self) -> Tensor:
-        """Held-out rows that each lens is stopped and calibrated by where each reads its own, [N, K] as above."""
-        rows = self._rows(held_out=True)
-        return _padded([self._thinned(one, lens, negatives=HELD_OUT_NEGATIVES) for lens, one in enumerate(rows)])
+        if own:
+            return _padded(list(_Turns(self, held_out=True, negatives=HELD_OUT_NEGATIVES, seed=0).rows(0)))
+        return _padded(self.rows_of_lenses(held_out=True))
 
     def balance(self, *, drawn: bool) -> Tensor:
         """Row weights [N, 2] such that the training answers of a lens sum to one, half of it on either class.
 
         Args:
-            drawn: the answers of one epoch (`rows_of_epoch`); else all.
+            drawn: the answers of one epoch (`RowsOfEpoch`); else all.
         """
         weights_SN, labels_SN = self.weights_SN.cpu() * ~self.held_out_S.unsqueeze(1), self.labels_SN.cpu()
         classes = torch.stack([1 - labels_SN, labels_SN])
@@ -116,24 +111,50 @@ class SequencePool:
             totals_2N *= torch.stack([positive_N.clamp_max(num_2N[0]), positive_N]) / num_2N
         return torch.nan_to_num(0.5 / totals_2N.T, nan=0.0, posinf=0.0)
 
-    def _rows(self, held_out: bool) -> list[Tensor]:
-        # Marks may have gone to a GPU with the lenses; the lists of rows are made on the CPU.
-        used_SN = (self.weights_SN.cpu() > 0) & (self.held_out_S == held_out).unsqueeze(1)
-        return [used_S.nonzero().flatten() for used_S in used_SN.T]
 
-    def _thinned(self, rows_K: Tensor, lens: int, *, negatives: int, turn: int = 0, seed: int = 0) -> Tensor:
-        """Some positives of a lens, and so many negatives for each; the next ones at each turn."""
-        positive_K = self.labels_SN[rows_K, lens].cpu() > 0.5
-        random = np.random.default_rng([seed, key_of(self.names[lens])])
-        num_positives = min(int(positive_K.sum()), EPOCH_POSITIVES)
-        parts = []
-        for rows, most in (
-            (rows_K[positive_K], num_positives),
-            (rows_K[~positive_K], max(1, num_positives) * negatives),
-        ):
-            order = np.roll(random.permutation(len(rows)), -turn * most)[:most]
-            parts.append(rows[torch.from_numpy(order.copy())])
-        return torch.cat(parts)
+class RowsOfEpoch:
+    """Rows that each lens trains on in an epoch, [N, K] in random order; -1 behind the last of a lens.
+
+    At most `EPOCH_POSITIVES` and as many negatives; each epoch takes the next ones. The order of a lens hangs on seed,
+    epoch and the concept's name alone.
+    """
+
+    def __init__(self, pool: SequencePool, seed: int) -> None:
+        self._turns = _Turns(pool, held_out=False, negatives=1, seed=seed)
+        self._keys, self._seed = [key_of(name) for name in pool.names], seed
+
+    def __call__(self, epoch: int) -> Tensor:
+        drawn = []
+        for rows_K, key in zip(self._turns.rows(epoch), self._keys, strict=True):
+            order = np.random.default_rng([self._seed, epoch, key]).permutation(len(rows_K))
+            drawn.append(rows_K[torch.from_numpy(order)])
+        return _padded(drawn)
+
+
+class _Turns:
+    """Some positives of each lens, and so many negatives for each of them; the next ones at each turn."""
+
+    def __init__(self, pool: SequencePool, *, held_out: bool, negatives: int, seed: int) -> None:
+        labels_NS = (pool.labels_SN.cpu() > 0.5).T.contiguous()
+        self._classes = []
+        for name, rows_K, label_S in zip(pool.names, pool.rows_of_lenses(held_out=held_out), labels_NS, strict=True):
+            random, positive_K = np.random.default_rng([seed, key_of(name)]), label_S[rows_K]
+            num_positives = min(int(positive_K.sum()), EPOCH_POSITIVES)
+            for rows, most in (
+                (rows_K[positive_K], num_positives),
+                (rows_K[~positive_K], max(1, num_positives) * negatives),
+            ):
+                self._classes.append((rows[torch.from_numpy(random.permutation(len(rows)))], min(most, len(rows))))
+
+    def rows(self, turn: int) -> Iterator[Tensor]:
+        """Rows [K] of one lens after the other, its positives first."""
+        parts = (_turned(rows, most, turn) for rows, most in self._classes)
+        return (torch.cat(pair) for pair in zip(parts, parts, strict=True))
+
+
+def _turned(rows: Tensor, most: int, turn: int) -> Tensor:
+    """So many rows from where the turn before ended, round and round."""
+    return rows[torch.arange(turn * most, (turn + 1) * most) % max(1, len(rows))]
 
 
 def _padded(rows: list[Tensor]) -> Tensor:
@@ -192,7 +213,7 @@ def build_sequence_pool(
 
 def _standardised(states: list[Tensor], basis_rank: int) -> tuple[Tensor, Tensor, Tensor, Basis | None]:
     """Tokens of every layer as they are trained on, with what they were standardised by."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() or cpu_has_bfloat16() else torch.float32
+    dtype = fast_type(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     basis = None
     if basis_rank:
         step = max(1, len(states[0]) // BASIS_TOKENS)
@@ -235,15 +256,12 @@ class SequenceDataModule(pl.LightningDataModule):
         self.pool, self._own, self._batch, self._seed = pool, own, batch, seed
 
     def train_dataloader(self) -> DataLoader:
-        draw = self._own_rows if self._own else self._shared_rows
+        draw = RowsOfEpoch(self.pool, self._seed) if self._own else self._shared_rows
         return _loader(_RowBatches(draw, self._batch))
 
     def val_dataloader(self) -> DataLoader:
-        rows_NK = self.pool.rows_to_stop_by() if self._own else self.pool.rows_of_lenses(held_out=True)
+        rows_NK = self.pool.rows_to_stop_by(own=self._own)
         return _loader(_RowBatches(lambda _: rows_NK, max(1, rows_NK.shape[1])))
-
-    def _own_rows(self, epoch: int) -> Tensor:
-        return self.pool.rows_of_epoch(epoch, self._seed)
 
     def _shared_rows(self, epoch: int) -> Tensor:
         rows_1K = ((self.pool.weights_SN.cpu() > 0).any(1) & ~self.pool.held_out_S).nonzero().T

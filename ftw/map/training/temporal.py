@@ -142,7 +142,7 @@ def with_window_percentiles(stack: LensStack, encyclopedia: Encyclopedia) -> Len
     rows = encyclopedia.table.where("background")
     if not len(rows):
         return stack
-    bank = stack.sequence_bank()
+    bank = stack.sequence_bank().stored()
     logits = [read_answers(bank, encyclopedia, rows, most=most) for most in (0, LONGEST_TRUNCATED)]
     logits_SN = np.concatenate(logits)
     logits_SN = logits_SN[np.isfinite(logits_SN).all(axis=1)]
@@ -160,7 +160,6 @@ def shuffled_stack(
     labels_SN = pool.labels_SN.clone()
     for held_out in (False, True):
         for lens, rows_K in enumerate(pool.rows_of_lenses(held_out=held_out)):
-            rows_K = rows_K[rows_K >= 0]
             labels_SN[rows_K, lens] = labels_SN[rows_K[torch.randperm(len(rows_K), generator=generator)], lens]
     return fit_sequences(replace(pool, labels_SN=labels_SN), head, training, trainer=trainer, seed=seed)
 
@@ -193,16 +192,16 @@ def evaluate_sequences(
         raise DataError("no test answers to evaluate on; collect with data.test_fraction above 0")
     labels_SN, weights_SN = table.matrices(rows)
     kinds_SN = mark_kinds(table, rows, _siblings(table, concepts))
-    scores: dict[str, Any] = {"activation": read_answers(stack.sequence_bank(), encyclopedia, rows)}
+    scores: dict[str, Any] = {"activation": read_answers(stack.sequence_bank().stored(), encyclopedia, rows)}
     if text is not None and words is not None:
         scores["text"] = text.score([words.texts[row] for row in rows]).numpy()
     for name, control in (controls or {}).items():
-        scores[name] = read_answers(control.sequence_bank(), encyclopedia, rows)
+        scores[name] = read_answers(control.sequence_bank().stored(), encyclopedia, rows)
     groups = [table.groups[row] for row in rows]
     marks = {"labels_SN": labels_SN, "weights_SN": weights_SN, "kinds_SN": kinds_SN, "groups": groups}
     by_kind = sequence_figures.accuracies(scores, **marks, draws=config.draws, seed=config.seed)
     if shuffled is not None:
-        scores["shuffled"] = read_answers(shuffled.sequence_bank(), encyclopedia, rows)[None]
+        scores["shuffled"] = read_answers(shuffled.sequence_bank().stored(), encyclopedia, rows)[None]
     judged_SN = np.where(kinds_SN == sequence_figures.KINDS.index("negated"), 0, weights_SN)
     evaluation = evaluate(
         scores,

@@ -138,7 +138,7 @@ class SequenceTask(pl.LightningModule):
 
         def gradients(place: int) -> Tensor:
             optimizers[place].zero_grad()
-            loss = self._own_loss(place, rows_NB[self.slices[place]], seed) * self._num_batches
+            loss = self._own_loss(place, _filled(rows_NB[self.slices[place]]), seed) * self._num_batches
             # No loss is scaled on a CPU, and Lightning's hooks are not made for several threads.
             loss.backward() if self.device.type == "cpu" else self.manual_backward(loss)
             self._clip(_layers(self.parts[place]))
@@ -208,10 +208,13 @@ class SequenceTask(pl.LightningModule):
     def validation_step(self, rows_NK: Tensor, batch_idx: int) -> None:
         if self.trainer.sanity_checking:
             return
-        loss_LN = self._held_out_loss(rows_NK)
-        better_LN = (loss_LN < self.best_loss - 1e-4) & self.waiting
+        waiting_LN = self.waiting
+        if self.trunk is None:  # a lens that is done is not read again; it counts with its best loss
+            rows_NK = rows_NK.where(waiting_LN.any(0).unsqueeze(1), -1)
+        loss_LN = torch.where(waiting_LN, self._held_out_loss(rows_NK), self.best_loss)
+        better_LN = (loss_LN < self.best_loss - 1e-4) & waiting_LN
         if self.trunk is not None:
-            better_LN = (loss_LN.mean() < self.best_loss.mean() - 1e-4).expand_as(loss_LN) & self.waiting
+            better_LN = (loss_LN.mean() < self.best_loss.mean() - 1e-4).expand_as(loss_LN) & waiting_LN
         self.best_loss[better_LN] = loss_LN[better_LN]
         self.best_epoch[better_LN] = self.current_epoch
         for place, part in enumerate(self.slices):
@@ -230,9 +233,8 @@ class SequenceTask(pl.LightningModule):
     def _held_out_loss(self, rows_NK: Tensor) -> Tensor:
         """Loss of every lens on its held-out answers, [L, N]; its classes weigh the same."""
         loss_LN = torch.zeros_like(self.best_loss)
-        used_NK = rows_NK >= 0
-        rows_NK = rows_NK.clamp_min(0)
         logits_LNK = self._logits(rows_NK, self.trunk, self.parts)
+        used_NK, rows_NK = rows_NK >= 0, rows_NK.clamp_min(0)
         labels_NK, weights_NK = (matrix.T.gather(1, rows_NK) for matrix in (self.pool.labels_SN, self.pool.weights_SN))
         for label in (0, 1):
             of_class_NK = weights_NK * (used_NK & ((labels_NK > 0.5) == bool(label)))
@@ -241,18 +243,18 @@ class SequenceTask(pl.LightningModule):
         return loss_LN
 
     def _logits(self, rows_NK: Tensor, trunk: Any, parts: Any) -> Tensor:
-        """Logits of each lens on its own rows, [L, N, K]."""
+        """Logits of each lens on its own rows, [L, N, K]; any number where the row is -1."""
         if trunk is not None:
-            rows_R, place_NK = rows_NK.unique(return_inverse=True)
+            rows_R, place_NK = rows_NK.clamp_min(0).unique(return_inverse=True)
             logits_LRN = torch.cat([self._trunk_logits(part, trunk, parts[0]) for part in rows_R.split(512)], dim=1)
             return logits_LRN.transpose(1, 2).gather(2, place_NK.expand(len(logits_LRN), -1, -1))
 
         def read(place: int) -> Tensor:
-            layers = []
+            rows_nK, layers = _filled(rows_NK[self.slices[place]]), []
             for layer, head in enumerate(parts[place]):
-                x_nKTW, lengths_nK = self.pool.read(rows_NK[self.slices[place]], layer)
+                x_nKTW, lengths_nK = self.pool.read(rows_nK.clamp_min(0), layer)
                 layers.append(_sequence_head(head)(x_nKTW, lengths_nK.clamp_min(1)).T)
-            return torch.stack(layers)
+            return nn.functional.pad(torch.stack(layers), (0, rows_NK.shape[1] - rows_nK.shape[1]))
 
         return torch.cat(list(side_by_side(read, range(len(self.slices)), rows_NK.device)), dim=1)
 
@@ -278,12 +280,11 @@ class SequenceTask(pl.LightningModule):
         """
         self.eval()
         pool = self.pool
-        rows_NK = pool.rows_to_stop_by() if self.trunk is None else pool.rows_of_lenses(held_out=True)
-        rows_NK = rows_NK.to(pool.starts_S.device)
+        rows_NK = pool.rows_to_stop_by(own=self.trunk is None).to(pool.starts_S.device)
         size = (len(self.pool), len(self.pool.layers), len(self.pool.names))
         logits_SLN, used_SN = torch.zeros(size), torch.zeros(size[0], size[2], dtype=torch.bool)
         if rows_NK.shape[1]:
-            logits_LNK = self._logits(rows_NK.clamp_min(0), self.best_trunk, self.best_parts).cpu()
+            logits_LNK = self._logits(rows_NK, self.best_trunk, self.best_parts).cpu()
             for lens, rows_K in enumerate(rows_NK.cpu()):
                 kept_K = rows_K >= 0
                 logits_SLN[rows_K[kept_K], :, lens] = logits_LNK[:, lens, kept_K].T
@@ -301,6 +302,11 @@ class SequenceTask(pl.LightningModule):
             return heads, self.best_trunk.cpu().fold_inputs(pool.center_LW, pool.scale_LW)
         folded = [head.fold_inputs(pool.center_LW[layer], pool.scale_LW[layer]) for layer, head in enumerate(heads)]
         return folded, None
+
+
+def _filled(rows_nB: Tensor) -> Tensor:
+    """Some lenses' rows without the columns where none of them has one, if any has; else one column."""
+    return rows_nB[:, : max(1, int((rows_nB >= 0).sum(1).max()))]
 
 
 def joined(parts: list[Head]) -> Head:

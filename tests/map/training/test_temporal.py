@@ -14,7 +14,7 @@ from ftw.map.pack import LensPack
 from ftw.map.samples import SampleTable
 from ftw.map.text_control import TextConfig
 from ftw.map.training.callbacks import quiet_trainer
-from ftw.map.training.sequence_data import SequencePool, build_sequence_pool
+from ftw.map.training.sequence_data import RowsOfEpoch, SequencePool, build_sequence_pool
 from ftw.map.training.temporal import fit_sequences, read_answers, shuffled_stack
 from ftw.map.training.temporal_task import SequenceTrainingConfig
 from ftw.map.training.train import FitConfig, train_pack
@@ -146,7 +146,8 @@ def test_lenses_trained_side_by_side_are_those_trained_alone(tmp_path: Path, fam
 def test_an_epoch_reads_all_positives_and_as_many_negatives_and_the_next_ones_follow(tmp_path: Path):
     pool = pool_of(tmp_path)
     used_SN = (pool.weights_SN > 0) & ~pool.held_out_S.unsqueeze(1)
-    epochs = [pool.rows_of_epoch(epoch, seed=3) for epoch in range(4)]
+    draw = RowsOfEpoch(pool, seed=3)
+    epochs = [draw(epoch) for epoch in range(4)]
     for lens in range(CONCEPTS):
         positives, negatives = (
             set((used_SN[:, lens] & (pool.labels_SN[:, lens] == label)).nonzero().flatten().tolist())
@@ -157,7 +158,7 @@ def test_an_epoch_reads_all_positives_and_as_many_negatives_and_the_next_ones_fo
             assert len(rows) == len(set(rows)) == 2 * len(positives)
             assert positives < set(rows) < positives | negatives
         assert set().union(*seen) == positives | negatives
-        alone = pool.of_lenses(slice(lens, lens + 1)).rows_of_epoch(2, seed=3)[0].tolist()
+        alone = RowsOfEpoch(pool.of_lenses(slice(lens, lens + 1)), seed=3)(2)[0].tolist()
         assert alone == seen[2]
 
 
@@ -166,7 +167,7 @@ def test_the_classes_of_a_lens_weigh_the_same_however_many_of_each_are_read(tmp_
     pool = pool_of(tmp_path)
     balance_N2 = pool.balance(drawn=drawn)
     for lens in range(CONCEPTS):
-        rows = pool.rows_of_epoch(0, seed=0)[lens] if drawn else pool.rows_of_lenses(held_out=False)[lens]
+        rows = RowsOfEpoch(pool, seed=0)(0)[lens] if drawn else pool.rows_of_lenses(held_out=False)[lens]
         labels = pool.labels_SN[rows[rows >= 0], lens].long()
         for label in (0, 1):
             assert float(balance_N2[lens, labels[labels == label]].sum()) == pytest.approx(0.5)
