@@ -4,7 +4,7 @@ Two steps, both resumable: `prepare` collects terms, templates and tests, lets a
 fifth of the concepts in several ways, and has the substrate write contexts for all chosen. `compare` trains
 interpreters on the common samples plus those of one choice, and reads the tests.
 
-Axes: S rows, N concepts, E interpreters of the ensemble, R draws.
+Axes: S rows, N concepts, R draws.
 """
 
 import argparse
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ftw import load_substrate, paths
 from ftw.hat.interpreter import Interpreter, InterpreterConfig, calibrated, confidence
 from ftw.map.collect import CollectConfig
 from ftw.map.concept_source import ConceptsConfig, build_pack
 from ftw.map.growing.entries import entries_of
-from ftw.map.growing.judge import interpreter_rows, judging_rows
+from ftw.map.growing.judge import interpreter_rows, judging_rows, together
 from ftw.map.growing.rounds import add_judging, add_tests, bootstrap, refine
 from ftw.map.growing.rows import Rows
 from ftw.map.growing.store import GrowingEncyclopedia
@@ -79,17 +78,9 @@ def choices(growing: GrowingEncyclopedia, study: Study, path: Path) -> dict[str,
     rows = interpreter_rows(growing, growing.rows([0, 1]), dev=judging_rows(growing))
     dev = rows.select(rows.where(DEV))
     readers = [train_interpreter(rows, study.fit(seed)) for seed in range(study.seeds)]
-    chance_ESN = torch.stack([calibrated(read_logits(reader, dev), reader.temperature) for reader in readers])
-    mean_SN = chance_ESN.mean(0)
+    mean_SN, doubt_S = together(calibrated(read_logits(reader, dev), reader.temperature) for reader in readers)
     best_S2 = mean_SN.topk(2).values
-    entropy_ESN = -(chance_ESN * chance_ESN.clamp_min(1e-30).log())
-    of_mean_S = -(mean_SN * mean_SN.clamp_min(1e-30).log()).sum(1)
-    least = {
-        "entropy": confidence(mean_SN),
-        "margin": best_S2[:, 0] - best_S2[:, 1],
-        # Disagreement: the entropy of the mean that is not in the members (mutual information, Houlsby et al. 2011).
-        "disagreement": -(of_mean_S - entropy_ESN.sum(2).mean(0)),
-    }
+    least = {"entropy": confidence(mean_SN), "margin": best_S2[:, 0] - best_S2[:, 1], "disagreement": -doubt_S}
     num, label_S = round(study.share * len(growing)), dev.labels_S.numpy()
     found = {"random": np.random.default_rng(0).permutation(len(growing))[:num].tolist()}
     for name, values_S in least.items():

@@ -22,6 +22,7 @@ class EncyclopediaJob:
         stage: of a refinement; null for the next of each concept. contexts: texts a concept gets.
         test_contexts: sentences a concept gets to test readers on.
         confidence: who judges: interpreter or nearest_mean. interpreter: how it is made and trained.
+        readers: interpreters that judge; of several, what they disagree on most is refined first.
         out: file of an export, or folder of what convergence leaves. path: file of an import.
     """
 
@@ -39,6 +40,7 @@ class EncyclopediaJob:
     contexts: int = 5
     test_contexts: int = 3
     confidence: str = "interpreter"
+    readers: int = 2
     out: str | None = None
     path: str | None = None
     seed: int = 0

@@ -107,7 +107,7 @@ def run_judge(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
             with run_steps.step("Read a sentence of each concept"):
                 add_judging(growing, _substrate(job, sources, growing), seed=job.seed)
         with run_steps.step(f"Judge {len(growing):,} concepts ({job.confidence})"):
-            judge(growing, judge_of(job.confidence, job.interpreter), job.seed)
+            judge(growing, judge_of(job.confidence, job.interpreter, job.readers), job.seed)
         _tell(growing, job, console)
 
 
@@ -115,7 +115,7 @@ def run_grow(job: EncyclopediaJob, console: Console, sources: Sources) -> None:
     """Bootstrap if there is nothing yet, then judge and refine until it is enough."""
     substrate = sources.substrate(job.substrate)
     with bootstrap(folder_of(job), substrate, _entries(job, sources), job.capture) as growing:
-        by = judge_of(job.confidence, job.interpreter)
+        by = judge_of(job.confidence, job.interpreter, job.readers)
         grow(growing, substrate, by, job.grow, seed=job.seed, writing=job.writing, tell=console.print)
         _tell(growing, job, console)
 

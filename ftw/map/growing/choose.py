@@ -1,4 +1,4 @@
-"""Which concepts to refine: by name, from a file, the least certain, those taken for another, or by chance."""
+"""Which concepts to refine: by name, from a file, the most doubtful, all, or by chance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class ChooseConfig:
     """Which concepts.
 
     Attributes:
-        which: uncertain (least confidence first), random, all, or a file with one name a line.
+        which: uncertain (what the last judge doubts most), random, all, or a file with one name a line.
         share: of all concepts, for uncertain and random. names: by name instead.
     """
 
@@ -45,18 +45,18 @@ def choose(growing: GrowingEncyclopedia, config: ChooseConfig, seed: int = 0) ->
     num = max(1, round(config.share * len(growing)))
     if config.which == "random":
         return sorted(np.random.default_rng(seed).permutation(len(growing))[:num].tolist())
-    confidence = growing.confidence
-    if np.isnan(confidence).all():
+    doubt = growing.doubt
+    if np.isnan(doubt).all():
         raise EncyclopediaError(
             f"nobody has judged the concepts of {growing.name!r} yet; "
             "run ftw encyclopedia judge, or take choose.which=random"
         )
-    return least_certain(confidence, num)
+    return most_doubtful(doubt, num)
 
 
-def least_certain(confidence_N: np.ndarray, num: int) -> list[int]:
-    """The `num` concepts of least confidence, ascending; what was not judged counts as least, ties by index."""
-    return sorted(np.argsort(np.nan_to_num(confidence_N, nan=-1.0), kind="stable")[:num].tolist())
+def most_doubtful(doubt_N: np.ndarray, num: int) -> list[int]:
+    """The `num` concepts of largest doubt, ascending; what was not judged comes first, ties by index."""
+    return sorted(np.argsort(-np.nan_to_num(doubt_N, nan=np.inf), kind="stable")[:num].tolist())
 
 
 def indices(growing: GrowingEncyclopedia, names: Sequence[str]) -> list[int]:

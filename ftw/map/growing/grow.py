@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ftw.errors import ConfigError, EncyclopediaError
-from ftw.map.growing.choose import least_certain
+from ftw.map.growing.choose import most_doubtful
 from ftw.map.growing.contexts import templates_left
 from ftw.map.growing.judge import Judge, judge
 from ftw.map.growing.rounds import add_judging, finish_pending, refine
@@ -117,8 +117,7 @@ def grow(
         if growing.judged.get("round") != growing.num_rounds:
             judge(growing, by, seed)
             clock.stop()
-        confidence_N = growing.confidence
-        sure = float(np.nanmean(confidence_N))
+        sure = float(np.nanmean(growing.confidence))
         samples = int(growing.num_samples.sum())
         tell(
             f"{len(ledger.cycles)} refinements, {samples:,} samples: mean confidence {sure:.3f}, {ledger.seconds:.0f} s"
@@ -131,7 +130,7 @@ def grow(
             tell("every concept has had all its templates; grow.highest_stage=2 lets the substrate write more")
             return ledger
         num = max(1, round(config.share * len(growing)))
-        chosen = least_certain(np.where(open_N, confidence_N, np.inf), min(num, int(open_N.sum())))
+        chosen = most_doubtful(np.where(open_N, growing.doubt, -np.inf), min(num, int(open_N.sum())))
         ledger.cycles.append(
             {"confidence": round(sure, 6), "samples": samples, "plans": _plans(growing, chosen, config)}
         )

@@ -1,13 +1,13 @@
 """How sure a reader is of each concept, and what it takes it for: what decides where further contexts go.
 
 All concepts are judged alike: on sentences that nothing is learnt from (`ftw.map.growing.rounds.add_judging`). Two
-judges. "interpreter" trains one on the training samples (`ftw.map.training.interpreter`), with those sentences as its
-validation. "nearest_mean" trains nothing: the posterior over the concepts' means at one layer.
+judges. "interpreter" trains some on the training samples (`ftw.map.training.interpreter`), with those sentences as
+their validation. "nearest_mean" trains nothing: the posterior over the concepts' means at one layer.
 
-Axes: S samples, N concepts, L layers, D model width, B samples of a block, K confused concepts kept.
+Axes: S samples, N concepts, L layers, D model width, B samples of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,13 +34,14 @@ class Judgement:
 
     Attributes:
         confidence_N: mean over the concept's samples of 1 - H / ln N.
-        margin_N: mean of the largest posterior minus the second.
+        doubt_N: mean over them of the entropy H, of several readers that of their disagreement, in nats: what is
+            refined first.
         confused_with: for each concept the others that its samples are taken for, most first.
         judged: words about the reader.
     """
 
     confidence_N: np.ndarray
-    margin_N: np.ndarray
+    doubt_N: np.ndarray
     confused_with: list[list[int]]
     judged: dict[str, Any] = field(default_factory=dict)
 
@@ -48,23 +49,25 @@ class Judgement:
 Judge = Callable[[GrowingEncyclopedia, int], Judgement]  # of an encyclopedia, with a seed
 
 
-def judge_of(kind: str, fit: InterpreterFit) -> Judge:
-    """The judge of a name.
+def judge_of(kind: str, fit: InterpreterFit, readers: int = 1) -> Judge:
+    """The judge of a name, for "interpreter" so many of them.
 
     Raises:
-        ConfigError: there is no such judge.
+        ConfigError: there is no such judge, or none of them.
     """
+    if readers < 1:
+        raise ConfigError(f"readers={readers}: give one or more; two or more also tell where they disagree")
     if kind == "nearest_mean":
         return lambda growing, seed: nearest_mean(growing)
     if kind == "interpreter":
-        return lambda growing, seed: by_interpreter(growing, fit, seed)
+        return lambda growing, seed: by_interpreter(growing, fit, seed, readers=readers)
     raise ConfigError(f"confidence={kind!r} is unknown; choose from {', '.join(JUDGES)}")
 
 
 def judge(growing: GrowingEncyclopedia, judge: Judge, seed: int = 0) -> Judgement:
     """Let a judge read the encyclopedia, and keep what it says in it."""
     found = judge(growing, seed)
-    growing.set_confidence(found.confidence_N, found.confused_with, **found.judged)
+    growing.set_confidence(found.confidence_N, found.doubt_N, found.confused_with, **found.judged)
     return found
 
 
@@ -93,7 +96,7 @@ def nearest_mean(growing: GrowingEncyclopedia, layer: int | None = None) -> Judg
     sums = _Sums.empty(len(growing))
     for start in range(0, len(rows), BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
-        sums.add((-square(part) / scale).softmax(dim=1), label_S[part])
+        sums.add(*together([(-square(part) / scale).softmax(dim=1)]), label_S[part])
     return sums.judgement(by="nearest_mean", layer=layer)
 
 
@@ -119,20 +122,21 @@ def _likeliest_scale(square_BN: Tensor, label_B: Tensor) -> float:
 # --- interpreter ----------------------------------------------------------------------------------------------------
 
 
-def by_interpreter(growing: GrowingEncyclopedia, fit: InterpreterFit, seed: int = 0) -> Judgement:
-    """Train an interpreter on the samples so far, and judge by it."""
+def by_interpreter(growing: GrowingEncyclopedia, fit: InterpreterFit, seed: int = 0, *, readers: int = 1) -> Judgement:
+    """Train interpreters of different seeds on the samples so far, and judge by all of them."""
     rows = interpreter_rows(growing, growing.rows(), dev=judging_rows(growing))
-    interpreter = train_interpreter(rows, replace(fit, seed=seed))
-    return judgement_of(interpreter, rows.select(rows.where(DEV)))
+    trained = [train_interpreter(rows, replace(fit, seed=seed + number)) for number in range(readers)]
+    return judgement_of(trained, rows.select(rows.where(DEV)))
 
 
-def judgement_of(interpreter: Interpreter, rows: InterpreterRows) -> Judgement:
-    """What an interpreter makes of each concept on some rows."""
+def judgement_of(interpreters: Sequence[Interpreter], rows: InterpreterRows) -> Judgement:
+    """What interpreters make of each concept on some rows."""
     sums = _Sums.empty(len(rows.names))
     for start in range(0, len(rows), BLOCK_ROWS):
         part = rows.select(np.arange(start, min(start + BLOCK_ROWS, len(rows))))
-        sums.add(calibrated(read_logits(interpreter, part), interpreter.temperature), part.labels_S)
-    return sums.judgement(by="interpreter")
+        chances = (calibrated(read_logits(reader, part), reader.temperature) for reader in interpreters)
+        sums.add(*together(chances), part.labels_S)
+    return sums.judgement(by="interpreter", readers=len(interpreters))
 
 
 def interpreter_rows(
@@ -157,9 +161,29 @@ def interpreter_rows(
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
+def together(chances: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean of several readers' posteriors [B, N], and how they doubt, [B] in nats.
+
+    Doubt is the entropy of the mean that is not in the members, their disagreement; of one reader it is its entropy.
+
+    Source: Houlsby et al. 2011, Bayesian active learning for classification and preference learning.
+    """
+    num, sum_BN, within_B = 0, torch.zeros(()), torch.zeros(())
+    for chance_BN in chances:
+        num, sum_BN, within_B = num + 1, sum_BN + chance_BN, within_B + entropy(chance_BN)
+    mean_BN = sum_BN / num
+    doubt_B = entropy(mean_BN)
+    return mean_BN, doubt_B if num == 1 else (doubt_B - within_B / num).clamp_min(0)
+
+
+def entropy(chance_BN: Tensor) -> Tensor:
+    """Entropy of each posterior, [B] in nats."""
+    return -(chance_BN * chance_BN.clamp_min(1e-30).log()).sum(dim=1)
+
+
 @dataclass
 class _Sums:
-    """Sums over the samples of each concept: confidence, margin, number; and chances given to other concepts."""
+    """Sums over the samples of each concept: confidence, doubt, number; and chances given to other concepts."""
 
     figures_3N: np.ndarray
     confused: list[dict[int, float]]
@@ -168,14 +192,12 @@ class _Sums:
     def empty(cls, num: int) -> "_Sums":
         return cls(np.zeros((3, num)), [{} for _ in range(num)])
 
-    def add(self, chance_BN: Tensor, label_B: Tensor) -> None:
-        """Count the posteriors of some samples."""
-        entropy_B = -(chance_BN * chance_BN.clamp_min(1e-30).log()).sum(dim=1)
-        confidence_B = 1 - entropy_B / np.log(max(2, chance_BN.shape[1]))
+    def add(self, chance_BN: Tensor, doubt_B: Tensor, label_B: Tensor) -> None:
+        """Count the posteriors of some samples, and how they are doubted."""
+        confidence_B = 1 - entropy(chance_BN) / np.log(max(2, chance_BN.shape[1]))
         best = chance_BN.topk(min(MOST_CONFUSED + 1, chance_BN.shape[1]), dim=1)
-        margin_B = best.values[:, 0] - best.values[:, 1] if chance_BN.shape[1] > 1 else torch.ones(len(chance_BN))
         label = label_B.numpy()
-        for number, values_B in enumerate((confidence_B.clamp(0, 1), margin_B, torch.ones(len(label)))):
+        for number, values_B in enumerate((confidence_B.clamp(0, 1), doubt_B, torch.ones(len(label)))):
             np.add.at(self.figures_3N[number], label, values_B.double().numpy())
         for own, others, chances in zip(label.tolist(), best.indices.tolist(), best.values.tolist(), strict=True):
             for other, chance in zip(others, chances, strict=True):
@@ -186,5 +208,5 @@ class _Sums:
         """Means over the samples."""
         count_N = np.where(self.figures_3N[2] > 0, self.figures_3N[2], np.nan)
         ranked = [sorted(found, key=lambda other, found=found: (-found[other], other)) for found in self.confused]
-        confidence_N, margin_N = self.figures_3N[0] / count_N, self.figures_3N[1] / count_N
-        return Judgement(confidence_N, margin_N, [others[:MOST_CONFUSED] for others in ranked], judged)
+        confidence_N, doubt_N = self.figures_3N[0] / count_N, self.figures_3N[1] / count_N
+        return Judgement(confidence_N, doubt_N, [others[:MOST_CONFUSED] for others in ranked], judged)

@@ -322,6 +322,11 @@ class GrowingEncyclopedia:
         return self._verdict().confidence_N
 
     @property
+    def doubt(self) -> np.ndarray:
+        """N values by which the last judge says what to refine first, NaN where none has."""
+        return self._verdict().doubt_N
+
+    @property
     def confused_with(self) -> list[list[int]]:
         """For each concept, the indices of those that the last judge confused it with, most confused first."""
         return self._verdict().confused_with
@@ -334,18 +339,22 @@ class GrowingEncyclopedia:
     def _verdict(self) -> Verdict:
         return Verdict.load(self.folder, len(self))
 
-    def set_confidence(self, confidence: np.ndarray, confused_with: Sequence[Sequence[int]], **judged: Any) -> None:
+    def set_confidence(
+        self, confidence: np.ndarray, doubt: np.ndarray, confused_with: Sequence[Sequence[int]], **judged: Any
+    ) -> None:
         """Keep how sure a judge is of each concept, and what it confuses it with.
 
         Args:
-            confidence: N values in 0..1, or NaN. judged: words about the judge, plain JSON values.
+            confidence: N values in 0..1, or NaN. doubt: N values, the larger to be refined the sooner, or NaN.
+            judged: words about the judge, plain JSON values.
 
         Raises:
             DataError: another number of values, or one outside 0..1.
         """
         others = [[int(other) for other in one] for one in confused_with]
         judged = {"round": self.num_rounds, **judged}
-        Verdict(np.asarray(confidence, dtype=np.float64), others, judged).save(self.folder, len(self))
+        confidence, doubt = (np.asarray(values, dtype=np.float64) for values in (confidence, doubt))
+        Verdict(confidence, doubt, others, judged).save(self.folder, len(self))
 
     # --- samples -----------------------------------------------------------------------------------------------------
 

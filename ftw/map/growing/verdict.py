@@ -17,9 +17,10 @@ FILE = "confidence.json"
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """Confidence in 0..1 or NaN [N], the concepts that each was taken for, and words about the judge."""
+    """Confidence in 0..1 and doubt, NaN where nobody judged [N]; what each was taken for; words about the judge."""
 
     confidence_N: np.ndarray
+    doubt_N: np.ndarray
     confused_with: list[list[int]]
     judged: dict[str, Any]
 
@@ -32,14 +33,16 @@ class Verdict:
         """
         path = folder / FILE
         if not path.exists():
-            return cls(np.full(num, np.nan, dtype=np.float32), [[] for _ in range(num)], {})
+            unknown_N = np.full(num, np.nan, dtype=np.float32)
+            return cls(unknown_N, unknown_N, [[] for _ in range(num)], {})
         found = read_json(path, "delete it and judge again")
         try:
-            values = [np.nan if value is None else float(value) for value in found["confidence"]]
+            confidence_N, doubt_N = (_read(found[name]) for name in ("confidence", "doubt"))
             others = [[int(other) for other in one] for one in found["confused_with"]]
-            if not len(values) == len(others) == num or any(not 0 <= other < num for one in others for other in one):
+            sizes = {len(confidence_N), len(doubt_N), len(others)}
+            if sizes != {num} or any(not 0 <= other < num for one in others for other in one):
                 raise ValueError(f"it does not fit {num:,} concepts")
-            return cls(np.array(values, dtype=np.float32), others, dict(found["judged"]))
+            return cls(confidence_N, doubt_N, others, dict(found["judged"]))
         except (KeyError, TypeError, ValueError) as error:
             raise EncyclopediaError(f"{path} is damaged ({error}); delete it and judge again") from error
 
@@ -50,10 +53,19 @@ class Verdict:
             DataError: not one value for each of `num` concepts, or one outside 0..1.
         """
         known = self.confidence_N[~np.isnan(self.confidence_N)]
-        if self.confidence_N.shape != (num,) or len(self.confused_with) != num or ((known < 0) | (known > 1)).any():
+        shapes = {self.confidence_N.shape, self.doubt_N.shape, (len(self.confused_with),)}
+        if shapes != {(num,)} or ((known < 0) | (known > 1)).any():
             raise DataError(
                 f"confidence has shape {self.confidence_N.shape} for {num:,} concepts, or lies outside 0..1"
             )
-        # Six digits: equal runs give equal files, whatever the last bits of a sum.
-        values = [None if np.isnan(value) else round(float(value), 6) for value in self.confidence_N]
-        write_json(folder / FILE, {"judged": self.judged, "confidence": values, "confused_with": self.confused_with})
+        figures = {"confidence": _written(self.confidence_N), "doubt": _written(self.doubt_N)}
+        write_json(folder / FILE, {"judged": self.judged, **figures, "confused_with": self.confused_with})
+
+
+def _read(values: list[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else float(value) for value in values], dtype=np.float32)
+
+
+def _written(values_N: np.ndarray) -> list[float | None]:
+    # Six digits: equal runs give equal files, whatever the last bits of a sum.
+    return [None if np.isnan(value) else round(float(value), 6) for value in values_N]

@@ -92,9 +92,11 @@ def test_another_encyclopedia_or_substrate_is_refused(refined: GrowingEncycloped
 def test_confidence_is_kept_and_refused_outside_its_range(refined: GrowingEncyclopedia) -> None:
     assert np.isnan(refined.confidence).all()
     values = np.array([0.1, 0.2, np.nan, 0.4, 1.0, 0.0])
-    refined.set_confidence(values, [[1], [0], [], [], [], []], by="a test")
+    doubt = np.array([2.5, 0.0, np.nan, 0.1, 0.0, 9.0])
+    refined.set_confidence(values, doubt, [[1], [0], [], [], [], []], by="a test")
     with GrowingEncyclopedia.open(refined.folder) as opened:
         np.testing.assert_allclose(opened.confidence, values, atol=1e-6)
+        np.testing.assert_allclose(opened.doubt, doubt, atol=1e-6)
         assert opened.judged == {"round": opened.num_rounds, "by": "a test"}
         assert opened.confused_with[0] == [1]
 
