@@ -113,17 +113,7 @@ class LensPack:
         by_level = self._rows_by_level()
         with paths.replace_folder(folder) as temporary:
             for level, names in by_level.items():
-                part = self.stack.rows(names)
-                write_tensors(
-                    temporary / f"layer{level}" / "lenses.safetensors", quantised(part.lens_tensors(), self.stored)
-                )
-                if part.pooling is not None:
-                    write_tensors(temporary / f"layer{level}" / "pooling.safetensors", part.pooling.tensors())
-                results = [
-                    {"concept": name, "row": row, "metrics": self.metrics.get(name, {})}
-                    for row, name in enumerate(names)
-                ]
-                _write_json(temporary / f"layer{level}" / "results.json", {"level": level, "results": results})
+                self._save_level(temporary / f"layer{level}", level, names)
             ordered = [name for names in by_level.values() for name in names]
             write_tensors(temporary / "calibration.safetensors", self.stack.rows(ordered).calibration_tensors())
             if self.stack.basis is not None:
@@ -136,27 +126,38 @@ class LensPack:
                 text = self.text.subset(ordered)
                 write_tensors(temporary / "text.safetensors", text.tensors())
                 _write_json(temporary / "text.json", text.description())
-            info = {
-                "schema": SCHEMA,
-                "pack_id": self.pack_id,
-                "version": self.version,
-                "levels": {str(level): len(names) for level, names in by_level.items()},
-                "concept_pack": None
-                if self.concepts is None
-                else {
-                    "pack_id": self.concepts.pack_id,
-                    "version": self.concepts.version,
-                    "sha256": self.concepts.content_hash(),
-                },
-                "recipe": asdict(self.recipe),
-                "stored": self.stored,
-                "metrics": self.mean_metrics,
-                "provenance": self.provenance,
-            }
-            _write_json(temporary / "pack_info.json", info)
+            _write_json(temporary / "pack_info.json", self._info(by_level))
             _write_json(temporary / versions.FILE, versions.version_json(self))
             write_manifest(temporary)
         return folder
+
+    def _save_level(self, folder: Path, level: int, names: list[str]) -> None:
+        """The lenses of one level, how they read texts, and what each is worth."""
+        part = self.stack.rows(names)
+        write_tensors(folder / "lenses.safetensors", quantised(part.lens_tensors(), self.stored))
+        if part.pooling is not None:
+            write_tensors(folder / "pooling.safetensors", part.pooling.tensors())
+        results = [
+            {"concept": name, "row": row, "metrics": self.metrics.get(name, {})} for row, name in enumerate(names)
+        ]
+        _write_json(folder / "results.json", {"level": level, "results": results})
+
+    def _info(self, by_level: dict[int, list[str]]) -> dict[str, Any]:
+        """What the pack says of itself."""
+        concepts = self.concepts
+        return {
+            "schema": SCHEMA,
+            "pack_id": self.pack_id,
+            "version": self.version,
+            "levels": {str(level): len(names) for level, names in by_level.items()},
+            "concept_pack": None
+            if concepts is None
+            else {"pack_id": concepts.pack_id, "version": concepts.version, "sha256": concepts.content_hash()},
+            "recipe": asdict(self.recipe),
+            "stored": self.stored,
+            "metrics": self.mean_metrics,
+            "provenance": self.provenance,
+        }
 
     @classmethod
     def load(cls, folder: Path | str, *, levels: Sequence[int] | None = None) -> "LensPack":
