@@ -6,6 +6,7 @@ message for a wrong key does not say which keys there are.
 
 import difflib
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -104,19 +105,22 @@ def readable(verb: str, words: Sequence[str]) -> list[str]:
     options: list[str] = []
     result: list[str] = []
     files: list[str] = []
-    rest, positions = iter(words), iter(POSITIONS.get(verb, ()))
-    for word in rest:
+    rest, positions = deque(words), iter(POSITIONS.get(verb, ()))
+    while rest:
+        word = rest.popleft()
         if not word.startswith("-") and "=" not in word:
             position = next(positions, None)
             word = word if position is None else f"{position}={word}"
         key, equals, value = word.partition("=")
         key = ALIASES.get(verb, {}).get(key, key)
         if key in FILE_FLAGS.get(verb, ()):
-            result.append(f"{key[2:]}={quoted(value if equals else next(rest, ''))}")
+            # What follows is the file, unless it is a flag or a key of its own.
+            follows = not equals and rest and not rest[0].startswith("-") and "=" not in rest[0]
+            result.append(f"{key[2:]}={quoted(rest.popleft() if follows else value)}")
         elif word in FLAGS:
             result += FLAGS[word]
         elif word.startswith("-"):
-            options += [word, *([next(rest)] if word in VALUED and word != words[-1] else [])]
+            options += [word, *([rest.popleft()] if word in VALUED and rest else [])]
         elif verb in FILES and word not in ACTIONS[verb] and (not equals or Path(word).is_file()):
             files.append(QuotedString(text=word, quote=Quote.single).with_quotes())
         elif not equals:
