@@ -17,7 +17,7 @@ VERBS = {
     "interpret": "what a text is about, or each token of an answer, among thousands of concepts",
     "bench": "what reading, loading and training cost, beside a baseline and a floor",
     "timeline": "the story of a saved timeline, in words, pictures and numbers",
-    "encyclopedia": "cover many concepts at once, then refine those that a reader is unsure of",
+    "encyclopedia": "cover many concepts at once, then refine those that readers doubt",
     "pack": "list, fetch, verify, compare, convert and publish packs",
 }
 

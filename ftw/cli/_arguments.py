@@ -114,8 +114,8 @@ def readable(verb: str, words: Sequence[str]) -> list[str]:
         key, equals, value = word.partition("=")
         key = ALIASES.get(verb, {}).get(key, key)
         if key in FILE_FLAGS.get(verb, ()):
-            # What follows is the file, unless it is a flag or a key of its own.
-            follows = not equals and rest and not rest[0].startswith("-") and "=" not in rest[0]
+            # What follows is the file, unless it is a flag, a key or an action of its own.
+            follows = not equals and rest and not re.match(r"-|.*=", rest[0]) and rest[0] not in ACTIONS.get(verb, {})
             result.append(f"{key[2:]}={quoted(rest.popleft() if follows else value)}")
         elif word in FLAGS:
             result += FLAGS[word]

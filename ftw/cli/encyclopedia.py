@@ -1,4 +1,4 @@
-"""`ftw encyclopedia`: cover many concepts at once, then refine those that a reader is unsure of."""
+"""`ftw encyclopedia`: cover many concepts at once, then refine those that readers doubt."""
 
 import json
 from dataclasses import asdict
@@ -241,13 +241,16 @@ def _tell(growing: GrowingEncyclopedia, job: EncyclopediaJob, console: Console) 
     )
     if found.judged:
         spread = ", ".join(f"{num:,}" for num in found.confidence_counts)
-        console.print(
-            f"judged by {found.judged.get('by')}; concepts by confidence in fifths: {spread}", highlight=False
-        )
+        console.print(f"judged by {_judges(found.judged)}; concepts by confidence in fifths: {spread}", highlight=False)
     if found.pending:
         console.print("a round is not finished; the next command that refines finishes it first")
     for cost in next_costs(growing, contexts=job.contexts, new_tokens=job.writing.max_new_tokens):
         console.print(f"next: {cost.words()}", highlight=False)
+
+
+def _judges(judged: dict[str, Any]) -> str:
+    readers = judged.get("readers", 1)
+    return f"{readers} {judged.get('by')}s" if readers > 1 else str(judged.get("by"))
 
 
 def main() -> None:

@@ -182,7 +182,7 @@ def tell_windows(job: MonitorJob) -> None:
     pack.check(substrate)
     reader = Monitor(
         substrate,
-        pack.reader(precision=job.hat.aperture.precision),
+        pack.reader(precision=job.hat.aperture.precision, device=substrate.device),
         mode="timeline",
         # Whatever passes the threshold is told of a window, so all that are strong are needed.
         top_k=max(job.top_k, CANDIDATES),

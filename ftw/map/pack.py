@@ -73,15 +73,15 @@ class LensPack:
         """The lenses as one module."""
         return self.stack.bank()
 
-    def reader(self, *, precision: str = "auto") -> SequenceReader:
+    def reader(self, *, precision: str = "auto", device: torch.device | None = None) -> SequenceReader:
         """The lenses as what reads windows: sequence lenses, or those of texts, which read a window as a text.
 
         Args:
-            precision: of sequence lenses while they read (see `SequenceBank.stored`).
+            precision, device: of sequence lenses while they read (see `SequenceBank.stored`); others read in float32.
         """
         stack, pool = self.stack, self.recipe.pooling
         if stack.reads_sequences:
-            return stack.sequence_bank().stored(precision)
+            return stack.sequence_bank().stored(precision, device)
         if stack.pooling is not None:
             return PooledWindows(stack.bank(), stack.heads, stack.pooling)
         return PooledTokens(stack.bank(), pool if pool in POOLS else "mean")

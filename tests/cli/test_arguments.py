@@ -127,6 +127,7 @@ def test_aliases_flags_and_options_are_written_out():
     assert readable("monitor", ["--json"]) == ["json=true"]
     assert readable("bench", ["bank", "--json", "out.json"]) == ["bench=bank", "json=out.json"]
     assert readable("bench", ["bank", "--json", "threads=1"]) == ["bench=bank", "json=''", "threads=1"]
+    assert readable("bench", ["--json", "bank"]) == ["json=''", "bench=bank"]
     assert readable("concepts", ["build"]) == ["action=build"]
     assert readable("train", ["data.path=~/x.jsonl"]) == [f"data.path={Path.home()}/x.jsonl"]
     assert readable("train", ["-m", "data.path=a.jsonl,b.jsonl"]) == ["-m", "data.path=a.jsonl,b.jsonl"]

@@ -16,7 +16,7 @@ from ftw.errors import ConfigError, SubstrateError
 from ftw.hat.bank import LensBank, normalise
 from ftw.hat.basis import Basis
 from ftw.hat.readout import Readable
-from ftw.hat.temporal.sequence import READ_BYTES, SequenceHead, lenses_at_once
+from ftw.hat.temporal.sequence import READ_BYTES, SequenceHead, check_precision, lenses_at_once
 from ftw.hat.temporal.side_by_side import side_by_side
 from ftw.hat.temporal.trunk import Trunk
 from ftw.substrate.taps import fast_type
@@ -73,18 +73,19 @@ class SequenceBank(nn.Module):
     def __len__(self) -> int:
         return len(self.lenses)
 
-    def stored(self, precision: str = "auto") -> "SequenceBank":
+    def stored(self, precision: str = "auto", device: torch.device | None = None) -> "SequenceBank":
         """The same lenses to read with, their large weights in another precision; those behind a trunk as they are.
 
         Args:
-            precision: "auto" is what the machine multiplies fast: bfloat16 or float32. What is read is computed in it;
-                on the demo's LSTMs bfloat16 is three times as fast, and one decision of 10,000 is another.
+            precision: what is read is computed in it: "float32", "bfloat16" or "auto", what the device is fast in.
+            device: where it will be read; None: where it is.
 
         Raises:
             ConfigError: no such precision.
         """
         if precision == "auto":
-            precision = str(fast_type(self.lenses.offset.device)).removeprefix("torch.")
+            precision = str(fast_type(device or self.lenses.offset.device)).removeprefix("torch.")
+        check_precision(precision)
         if self.trunk is not None:
             return self
         return SequenceBank(self.lenses.stored(precision), basis=self.basis)

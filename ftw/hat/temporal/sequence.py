@@ -66,8 +66,7 @@ class SequenceHead(Head):
     def fold_norm(self: Own, gain_NW: Tensor, shift_NW: Tensor) -> Own: ...
 
     def stored(self: Own, precision: str) -> Own:
-        if precision not in ("float32", "bfloat16"):
-            raise ConfigError(f"precision {precision!r} of sequence lenses: choose float32 or bfloat16")
+        check_precision(precision)
         kept: Any = self.part(0, self.num_lenses)
         for name in kept.large():
             weight = getattr(kept, name).detach().to(getattr(torch, precision))
@@ -80,6 +79,12 @@ class SequenceHead(Head):
 
     def weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.large()]
+
+
+def check_precision(precision: str) -> None:
+    """Raise ConfigError for what sequence lenses do not compute in."""
+    if precision not in ("float32", "bfloat16"):
+        raise ConfigError(f"precision {precision!r} of sequence lenses: choose float32 or bfloat16")
 
 
 def token_product(x: Tensor, weight_NFW: Tensor, bias_NF: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The growing encyclopedia: states of thousands of concepts, refined in rounds where an interpreter is unsure."""
+"""The growing encyclopedia: states of thousands of concepts, refined in rounds where readers doubt."""
 
 from ftw.map.growing.entries import Entry
 from ftw.map.growing.rows import Rows

@@ -1,4 +1,4 @@
-"""The loop: judge the concepts, refine those that the judge is least certain of, judge again, until it is enough.
+"""The loop: judge the concepts, refine those that it doubts most, judge again, until it is enough.
 
 What a cycle refines is on disk before it is refined, and every step leaves the same bytes however often it was stopped;
 so an interrupted and resumed run ends like one that ran through. The time used is kept too: a budget spans resumptions.
@@ -33,7 +33,8 @@ class GrowConfig:
     """How far and in what steps an encyclopedia grows.
 
     Attributes:
-        budget_minutes: of all runs together; the step in hand is finished. target: mean confidence that is enough.
+        budget_minutes: of all runs together; the step in hand is finished.
+        target: mean confidence that is enough; what is refined first is said by the judge's doubt, not by it.
         cycles: at most so many refinements. share: of the concepts that are refined in each.
         contexts: texts a concept gets in each. highest_stage: beyond which no concept goes.
     """

@@ -178,7 +178,7 @@ def together(chances: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 def entropy(chance_BN: Tensor) -> Tensor:
     """Entropy of each posterior, [B] in nats."""
-    return -(chance_BN * chance_BN.clamp_min(1e-30).log()).sum(dim=1)
+    return torch.special.entr(chance_BN).sum(dim=1)
 
 
 @dataclass

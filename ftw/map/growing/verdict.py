@@ -1,4 +1,4 @@
-"""How sure the last judge was of each concept, kept beside the rounds.
+"""How sure the last judge was of each concept, and how much it doubts it, kept beside the rounds.
 
 Axes: N concepts.
 """
@@ -26,16 +26,15 @@ class Verdict:
 
     @classmethod
     def load(cls, folder: Path, num: int) -> "Verdict":
-        """What was kept; nothing known where there is no file.
+        """What was kept; nothing known where there is no file, or one from before doubt was kept.
 
         Raises:
             EncyclopediaError: it is damaged, or for other concepts.
         """
-        path = folder / FILE
-        if not path.exists():
-            unknown_N = np.full(num, np.nan, dtype=np.float32)
+        path, unknown_N = folder / FILE, np.full(num, np.nan, dtype=np.float32)
+        found = read_json(path, "delete it and judge again") if path.exists() else {}
+        if not isinstance(found, dict) or "doubt" not in found:
             return cls(unknown_N, unknown_N, [[] for _ in range(num)], {})
-        found = read_json(path, "delete it and judge again")
         try:
             confidence_N, doubt_N = (_read(found[name]) for name in ("confidence", "doubt"))
             others = [[int(other) for other in one] for one in found["confused_with"]]
@@ -56,7 +55,8 @@ class Verdict:
         shapes = {self.confidence_N.shape, self.doubt_N.shape, (len(self.confused_with),)}
         if shapes != {(num,)} or ((known < 0) | (known > 1)).any():
             raise DataError(
-                f"confidence has shape {self.confidence_N.shape} for {num:,} concepts, or lies outside 0..1"
+                f"confidence has shape {self.confidence_N.shape}, doubt {self.doubt_N.shape}, for {num:,} concepts; "
+                "or a confidence lies outside 0..1"
             )
         figures = {"confidence": _written(self.confidence_N), "doubt": _written(self.doubt_N)}
         write_json(folder / FILE, {"judged": self.judged, **figures, "confused_with": self.confused_with})

@@ -6,22 +6,23 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins import TorchCheckpointIO
 
 from ftw.paths import replace_file
 
 ASSUMED_BYTES_PER_SECOND = 2e8  # of a slow disk
+MOMENT = 0.25  # seconds that a checkpoint may always take
 
 
 class PacedCheckpoint(ModelCheckpoint):
-    """Lightning's checkpoint after validation, as often as a share of the training's time allows, and at its end.
+    """Lightning's checkpoint after validation and at the end, as often as a share of the training's time allows.
 
     The weights and moments of a hundred LSTMs are gigabytes: saved after every epoch they took longer than the epochs.
-    What is small is saved after every epoch.
+    What takes a moment is saved after every epoch.
 
     Args:
-        share: of the time since the last checkpoint (or the start) that the next may take.
+        share: of the time since the last checkpoint that the next may take; the last, of the whole training's.
         options: of `ModelCheckpoint`.
     """
 
@@ -43,7 +44,7 @@ class PacedCheckpoint(ModelCheckpoint):
         self._save_if_due(trainer, pl_module, since=self._started)
 
     def _save_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, since: float) -> None:
-        due = (time.monotonic() - since) * self._share >= self._seconds
+        due = self._seconds < MOMENT or (time.monotonic() - since) * self._share >= self._seconds
         if trainer.strategy.broadcast(due):  # every rank has to save, or none
             super().on_validation_end(trainer, pl_module)
 

@@ -67,7 +67,7 @@ class SequencePool:
     def read(self, rows: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """States of some answers of any shape [...], padded: [..., T, W], and their lengths."""
         lengths = self.lengths_S[rows]
-        places = self.starts_S[rows].unsqueeze(-1) + torch.arange(int(lengths.max()), device=rows.device)
+        places = self.starts_S[rows].unsqueeze(-1) + torch.arange(max(1, int(lengths.max())), device=rows.device)
         # What lies beyond an answer's end is padding, whatever it holds; it only must exist.
         return self.tokens_LTW[layer][places.clamp_max(self.tokens_LTW.shape[1] - 1)], lengths
 
@@ -90,8 +90,8 @@ class SequencePool:
         """Held-out rows that each lens is stopped and calibrated by, [N, K]; -1 behind the last of a lens.
 
         Args:
-            own: each lens reads its own, so it has as in `RowsOfEpoch`, with `HELD_OUT_NEGATIVES` for each positive;
-                else all.
+            own: each lens reads its own, so not all of them: positives as in `RowsOfEpoch`, and `HELD_OUT_NEGATIVES`
+                for each.
         """
         if own:
             return _padded(list(_Turns(self, held_out=True, negatives=HELD_OUT_NEGATIVES, seed=0).rows(0)))

@@ -67,8 +67,10 @@ def fit_sequences(
         trainer: makes a trainer for a group of lenses, by its number. checkpoint: of a run of one group to go on with.
 
     Raises:
-        ConfigError: a checkpoint for several groups.
+        ConfigError: a checkpoint for several groups. DataError: no held-out prompts.
     """
+    if not (pool.weights_SN[pool.held_out_S] > 0).any():
+        raise DataError("no held-out prompts to stop and calibrate by; raise map.training.folds to 2 or more")
     size = len(pool.names) if head.family == "trunk_lstm" else max(1, training.lenses_at_once)
     groups = [slice(at, at + size) for at in range(0, len(pool.names), size)]
     if checkpoint is not None and len(groups) > 1:
@@ -94,8 +96,6 @@ def _calibrated(
     pool: SequencePool, logits_SLN: np.ndarray, used_SN: np.ndarray, heads: list[Head], trunk: Trunk | None
 ) -> LensStack:
     """The lenses with calibration and thresholds from their logits on held-out prompts."""
-    if not used_SN.any():
-        raise DataError("no held-out prompts to calibrate on; raise map.training.folds to 2 or more")
     marks = pool.labels_SN.cpu().numpy(), np.where(used_SN, pool.weights_SN.cpu().numpy(), 0)
     layers = [fit_platt_together(logits_SLN[:, at], *marks, prior=0.5) for at in range(len(pool.layers))]
     mean_SN = np.mean([fit.scale_N * logits_SLN[:, at] + fit.offset_N for at, fit in enumerate(layers)], axis=0)

@@ -4,8 +4,9 @@
    part's weights are updated as soon as its gradient is there. Behind a trunk all lenses share the answers of a step.
 2. The loss is binary cross-entropy, weighted so that each lens's answers sum to one, its classes weighing the same;
    lenses do not mix. In an epoch each takes as many negatives as positives, and the next ones in the next epoch.
-3. After each epoch the held-out prompts are read; a lens whose loss there is the lowest so far keeps its weights. With
-   a trunk all lenses are kept together, by their mean loss. Training ends when nothing has improved for a while.
+3. After each epoch the held-out prompts are read; a lens whose loss there is the lowest so far keeps its weights. One
+   that has not improved for a while is done, and trains and is read no more; with a trunk all lenses are kept together,
+   by their mean loss. Training ends when all are done.
 
 Axes: N lenses, n lenses of a part, S answers, B batch, T tokens, L layers, W input width.
 """
@@ -111,8 +112,14 @@ class SequenceTask(pl.LightningModule):
         return self._next_epoch - 1 - self.best_epoch <= self.training_config.patience
 
     def on_fit_start(self) -> None:
+        self._move_pool(self.device)
+
+    def on_fit_end(self) -> None:
+        self._move_pool(torch.device("cpu"))  # Lightning brings the lenses back too
+
+    def _move_pool(self, device: torch.device) -> None:
         for name in ("tokens_LTW", "starts_S", "lengths_S", "labels_SN", "weights_SN"):
-            setattr(self.pool, name, getattr(self.pool, name).to(self.device))
+            setattr(self.pool, name, getattr(self.pool, name).to(device))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         optimizers: Any = self.optimizers()

@@ -152,3 +152,24 @@ def test_states_of_another_width_and_the_wrong_kind_of_bank_are_refused():
         stack.bank()
     with pytest.raises(PackError, match=r"stack\.bank"):
         random_stack().sequence_bank()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lenses_stored_for_reading_decide_alike_live_and_on_the_whole_text(family: str):
+    exact = stack_of(family).sequence_bank()
+    bank = exact.stored("bfloat16")
+    states_BTLD = states(24)
+    spread = exact(states_BTLD).std()
+    assert (bank(states_BTLD) - exact(states_BTLD)).abs().max() < 0.05 * spread
+    reader = WindowReader(bank, window=6, stride=2)
+    live_BTN = torch.cat([reader.push(states_BTLD[:, at : at + 1]) for at in range(24)], dim=1)
+    for end in (2, 8, 24):
+        alone_BN = bank(states_BTLD[:, max(0, end - 6) : end])
+        assert (live_BTN[:, end - 1] - alone_BN).abs().max() < 0.05 * spread
+    assert len(exact.stored()) == len(exact)
+
+
+@pytest.mark.parametrize("family", ["lstm", "trunk_lstm"])
+def test_precisions_that_sequences_are_not_read_in_are_refused(family: str):
+    with pytest.raises(ConfigError, match="choose float32 or bfloat16"):
+        stack_of(family).sequence_bank().stored("int8")

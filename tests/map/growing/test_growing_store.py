@@ -99,6 +99,9 @@ def test_confidence_is_kept_and_refused_outside_its_range(refined: GrowingEncycl
         np.testing.assert_allclose(opened.doubt, doubt, atol=1e-6)
         assert opened.judged == {"round": opened.num_rounds, "by": "a test"}
         assert opened.confused_with[0] == [1]
+    (refined.folder / "confidence.json").write_text('{"judged": {"round": 1}, "confidence": [], "confused_with": []}')
+    assert np.isnan(refined.confidence).all()  # of a time when doubt was not kept: to be judged again
+    assert refined.judged == {}
 
 
 def test_entries_survive_the_disk_and_duplicates_are_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ftw.map.text_control import TextConfig
 from ftw.map.training.callbacks import quiet_trainer
 from ftw.map.training.sequence_data import RowsOfEpoch, SequencePool, build_sequence_pool
 from ftw.map.training.temporal import fit_sequences, read_answers, shuffled_stack
-from ftw.map.training.temporal_task import SequenceTrainingConfig
+from ftw.map.training.temporal_task import SequenceTask, SequenceTrainingConfig
 from ftw.map.training.train import FitConfig, train_pack
 from ftw.substrate.model import Substrate
 
@@ -188,6 +188,25 @@ def test_a_done_lens_stays_as_it_was_however_long_others_train(tmp_path: Path):
     short, long = (fitted(pool, "attention", epochs=epochs, patience=0) for epochs in (30, 60))
     for name, tensor in short.heads[0].state_dict().items():
         assert torch.allclose(tensor, long.heads[0].state_dict()[name])
+
+
+@pytest.mark.parametrize("family", ["lstm", "token_max", "trunk_lstm"])
+def test_the_held_out_loss_hangs_on_no_padding_and_on_no_lens_that_is_done(tmp_path: Path, family: str):
+    pool, own = pool_of(tmp_path), family != "trunk_lstm"
+    task = SequenceTask(pool, head=head_of(family), training=TRAINING).eval()
+    rows_NK = pool.rows_to_stop_by(own=own)
+    wider_NK, fewer_NK = torch.nn.functional.pad(rows_NK, (0, 7), value=-1), rows_NK.clone()
+    fewer_NK[0] = -1
+    with torch.no_grad():
+        loss_LN, wider_LN, fewer_LN = (task._held_out_loss(rows) for rows in (rows_NK, wider_NK, fewer_NK))
+    torch.testing.assert_close(wider_LN, loss_LN)
+    torch.testing.assert_close(fewer_LN[:, 1:], loss_LN[:, 1:])
+    assert (fewer_LN[:, 0] == 0).all()
+
+
+def test_no_held_out_prompts_are_refused_before_the_work(tmp_path: Path):
+    with pytest.raises(DataError, match="no held-out prompts"):
+        fitted(pool_of(tmp_path, folds=1), "token_max")
 
 
 def test_shuffled_labels_give_lenses_that_know_nothing(tmp_path: Path):

@@ -18,6 +18,7 @@ from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.evaluate import EvaluateConfig
 from ftw.map.pack import LensPack
 from ftw.map.training.callbacks import quiet_trainer
+from ftw.map.training.checkpoints import FileCheckpointIO, PacedCheckpoint
 from ftw.map.training.train import FitConfig, _table, train_lenses, train_pack
 from ftw.substrate.model import Substrate
 
@@ -46,10 +47,11 @@ def trainers(folder: Path, *further: pl.Callback) -> Callable[[list[pl.Callback]
     """Trainers as the command line makes them, with `last.ckpt` after every epoch."""
 
     def make(callbacks: list[pl.Callback]) -> pl.Trainer:
-        checkpoint = pl.callbacks.ModelCheckpoint(
+        checkpoint = PacedCheckpoint(
             dirpath=folder, filename="last", save_on_train_epoch_end=False, enable_version_counter=False
         )
-        return quiet_trainer(EPOCHS, callbacks=[*callbacks, checkpoint, *further], enable_checkpointing=True)
+        options = {"enable_checkpointing": True, "plugins": [FileCheckpointIO()]}
+        return quiet_trainer(EPOCHS, callbacks=[*callbacks, checkpoint, *further], **options)
 
     return make
 
