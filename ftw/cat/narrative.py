@@ -33,7 +33,7 @@ class NarrativeConfig:
     Attributes:
         window, stride: in tokens, for a timeline that was not read in windows.
         threshold: value in [0, 1] from which a concept is active in a window.
-        top: concepts told of, those with the highest mean.
+        top: concepts told of, those with the highest mean over the quarter of the windows where they are strongest.
         dominant: concepts named for a segment.
         penalty: how much a further segment has to explain; larger gives fewer.
     """
@@ -65,10 +65,22 @@ class WindowSeries:
     overlap: int
 
     def leading(self, k: int) -> np.ndarray:
-        """The k concepts with the highest mean, highest first, among those that were read at all."""
+        """The k concepts that a part of the story is about, strongest first, among those that were read at all.
+
+        By the mean over the quarter of its windows where a concept is strongest: what an answer begins with counts,
+        however much follows.
+        """
         known_N = ~np.isnan(self.values_WN).all(axis=0)
-        means_N = np.where(known_N, _mean(self.values_WN), -1.0)
+        quarter = -(-len(self.values_WN) // 4)
+        strongest_QN = np.sort(np.nan_to_num(self.values_WN, nan=-1.0), axis=0)[len(self.values_WN) - quarter :]
+        means_N = np.where(known_N, _mean(np.where(strongest_QN < 0, np.nan, strongest_QN)), -1.0)
         return np.argsort(-means_N, kind="stable")[: min(k, int(known_N.sum()))]
+
+    def in_turn(self, rows: np.ndarray) -> np.ndarray:
+        """The same concept indices, in the order of their centres of gravity."""
+        weights_WK = np.nan_to_num(self.values_WN[:, rows]) ** 2  # squared: peaks, not plateaus
+        centres_K = np.arange(len(weights_WK)) @ weights_WK / weights_WK.sum(axis=0).clip(1e-9)
+        return rows[np.argsort(centres_K, kind="stable")]
 
     def records(self, threshold: float) -> list[dict[str, Any]]:
         """One object a window: its position and the concepts above the threshold, strongest first."""

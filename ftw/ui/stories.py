@@ -24,8 +24,8 @@ TOP = 12
 
 
 def heat_map(series: WindowSeries, narrative: Narrative | None = None, *, top: int = TOP) -> Figure:
-    """Every leading concept in every window; lines where the segments meet."""
-    rows = series.leading(top)
+    """Every leading concept in every window, in the order that they come; lines where the segments meet."""
+    rows = series.in_turn(series.leading(top))
     with rc_context(STYLE):
         figure = Picture(figsize=(_width(series), 1.3 + 0.26 * len(rows)), layout="constrained")
         axes = figure.subplots()

@@ -28,6 +28,16 @@ def test_windows_that_were_read_are_told_as_they_are():
     assert next(iter(narrate(timeline).segments[0].concepts)) == "democracy"
 
 
+def test_what_an_answer_only_begins_with_is_told_however_much_follows():
+    values = np.full((60, 4), 0.3)
+    values[:12, 3], values[12:, 3] = 0.95, 0.02  # the lowest mean of all
+    timeline = timeline_of(values)
+    series = window_series(timeline, NarrativeConfig(window=5, stride=5))
+    assert series.leading(1).tolist() == series.in_turn(series.leading(4))[:1].tolist() == [3]
+    story = narrate(timeline, NarrativeConfig(window=5, stride=5, top=1))
+    assert story.text.startswith(f"Began with {CONCEPTS[3]}")
+
+
 def test_the_same_timeline_gives_the_same_words():
     first, again = (narrate(timeline_of(acts())) for _ in range(2))
     assert first.record() == again.record()
