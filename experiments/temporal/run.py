@@ -2,7 +2,6 @@
 
 `fit` trains one family on some layers and keeps what its lenses say of the test answers, whole and cut short; `tell`
 compares what was kept: accuracy by kind of negative beside the controls, paired, and how early each layer knows.
-`scale` measures what training costs with many concepts.
 All choices (concepts, families, cuts, which family is compared) were made without the test answers.
 
 Axes: S answers, N concepts, K cuts, G prompts.
@@ -12,13 +11,11 @@ import argparse
 import json
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 import yaml
 from matplotlib import rc_context
 
@@ -28,7 +25,7 @@ from ftw.map.concept import ConceptPack
 from ftw.map.concept_source import ConceptsConfig, load_concepts
 from ftw.map.encyclopedia import Encyclopedia
 from ftw.map.sequence_figures import accuracies
-from ftw.map.sequences import SequencesConfig, mark_kinds, near_kin
+from ftw.map.sequences import mark_kinds, near_kin
 from ftw.map.text_control import TextConfig, fit_text_bank
 from ftw.map.training.callbacks import quiet_lightning, quiet_trainer
 from ftw.map.training.sequence_data import build_sequence_pool
@@ -86,41 +83,6 @@ def fit(options: argparse.Namespace) -> None:
     )
     keep(options.out / f"{name}.npz", facts, kept)
     print(json.dumps({name: facts}))
-
-
-def scale(options: argparse.Namespace) -> None:
-    """What an epoch of a trunk costs with many concepts: the answers again and again, under marks drawn at random."""
-    quiet_lightning()
-    with Encyclopedia.open(options.encyclopedia) as store:
-        pool = build_sequence_pool(store, folds=FOLDS, basis_rank=0, seed=0, layers=options.layers)
-    data, num = SequencesConfig(), options.concepts
-    positives, negatives = (
-        round((1 - data.test_fraction) * each) for each in (data.positives, data.siblings + data.distant)
-    )
-    rows = torch.arange(num * positives) % len(pool)
-    generator = torch.Generator().manual_seed(options.seed)
-    labels_SN = torch.zeros(len(rows), num)
-    labels_SN[torch.arange(len(rows)), torch.arange(len(rows)) // positives] = 1
-    weights_SN = torch.maximum(
-        labels_SN, (torch.rand(labels_SN.shape, generator=generator) < negatives / len(rows)).float()
-    )
-    pool = replace(
-        pool,
-        starts_S=pool.starts_S[rows],
-        lengths_S=pool.lengths_S[rows],
-        held_out_S=torch.rand(len(rows), generator=generator) < 1 / FOLDS,
-        labels_SN=labels_SN,
-        weights_SN=weights_SN,
-        names=[f"concept {number}" for number in range(num)],
-        rows=pool.rows[rows],
-    )
-    head = HeadConfig(family="trunk_lstm", hidden=UNITS["trunk_lstm"], dropout=0.1)
-    start = time.perf_counter()
-    fit_sequences(
-        pool, head, SequenceTrainingConfig(), trainer=lambda _: quiet_trainer(options.epochs), seed=options.seed
-    )
-    seconds = (time.perf_counter() - start) / options.epochs
-    print(json.dumps({"concepts": num, "answers": len(pool), "epochs": options.epochs, "seconds an epoch": seconds}))
 
 
 def concept_pack() -> ConceptPack:
@@ -294,7 +256,7 @@ def options_family(early: dict[str, Any]) -> str:
 def main() -> None:
     """All commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["fit", "words", "tell", "scale"])
+    parser.add_argument("action", choices=["fit", "words", "tell"])
     parser.add_argument("encyclopedia", type=Path)
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the numbers (and pictures)")
     parser.add_argument("--family", choices=sorted(UNITS), default="attention")
@@ -304,12 +266,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.0, help="learning rate; 0: the family's own")
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--concepts", type=int, default=1000, help="of scale")
     parser.add_argument("--shuffled", action="store_true", help="also train on shuffled labels")
     parser.add_argument("--reference", default=f"{BASELINE}-29", help="what all others are compared with")
     parser.add_argument("--cuts", type=int, nargs="*", default=[], help="also read the first so many tokens")
     options = parser.parse_args()
-    {"fit": fit, "words": words, "tell": tell, "scale": scale}[options.action](options)
+    {"fit": fit, "words": words, "tell": tell}[options.action](options)
 
 
 if __name__ == "__main__":
