@@ -96,7 +96,9 @@ def _calibrated(
     pool: SequencePool, logits_SLN: np.ndarray, used_SN: np.ndarray, heads: list[Head], trunk: Trunk | None
 ) -> LensStack:
     """The lenses with calibration and thresholds from their logits on held-out prompts."""
-    marks = pool.labels_SN.cpu().numpy(), np.where(used_SN, pool.weights_SN.cpu().numpy(), 0)
+    kept_S = used_SN.any(axis=1)  # nothing hangs on the other answers
+    logits_SLN, used_SN = logits_SLN[kept_S], used_SN[kept_S]
+    marks = pool.labels_SN.cpu().numpy()[kept_S], np.where(used_SN, pool.weights_SN.cpu().numpy()[kept_S], 0)
     layers = [fit_platt_together(logits_SLN[:, at], *marks, prior=0.5) for at in range(len(pool.layers))]
     mean_SN = np.mean([fit.scale_N * logits_SLN[:, at] + fit.offset_N for at, fit in enumerate(layers)], axis=0)
     last = fit_platt_together(mean_SN, *marks, prior=0.5)
