@@ -85,7 +85,7 @@ def _bringing(watch: Stopwatch, folder: Path, temporary: Path) -> Row:
         files = _single_files(shelf, temporary / "single")
 
         def one_by_one() -> None:
-            for path in files:  # written above; the baseline is this very way of reading them
+            for path in files:  # written above, tensors only; the baseline is this very way of reading them
                 torch.load(path, weights_only=True, map_location=watch.device)
 
         return watch.row(

@@ -95,7 +95,7 @@ def _importing(watch: Stopwatch, temporary: Path) -> Row:
         read_hatcat(temporary / "hatcat")
 
     def loaded() -> None:
-        for path in files:  # made up above; the baseline is this very way of reading them
+        for path in files:  # made up above, tensors only; the baseline is this very way of reading them
             torch.load(path, weights_only=True)
 
     times = watch.times({"case": imported, "baseline": loaded}, rounds=3)

@@ -81,9 +81,7 @@ def write_report(
     timelines = [timelines] if isinstance(timelines, Timeline) else list(timelines)
     names = set(paths or {}).union(*(timeline.concepts for timeline in timelines))
     colours = concept_colours(names, paths)
-    for caption, markup in (pictures or {}).items():
-        if not markup.startswith("<svg"):
-            raise DataError(f"the picture {caption!r} is no SVG markup; make it with ftw.ui.plots.svg(figure)")
+    _check_pictures(pictures or {})
     page = (
         environment()
         .get_template("report.html.j2")
@@ -108,6 +106,12 @@ def write_report(
     with replace_file(path) as temporary:
         temporary.write_text(with_policy(page), encoding="utf-8")
     return path
+
+
+def _check_pictures(pictures: Mapping[str, str]) -> None:
+    for caption, markup in pictures.items():
+        if not markup.startswith("<svg"):
+            raise DataError(f"the picture {caption!r} is no SVG markup; make it with ftw.ui.plots.svg(figure)")
 
 
 def _flat(words: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

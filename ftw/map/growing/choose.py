@@ -1,5 +1,6 @@
 """Which concepts to refine: by name, from a file, the most doubtful, all, or by chance."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,9 +67,10 @@ def indices(growing: GrowingEncyclopedia, names: Sequence[str]) -> list[int]:
         ConceptError: a name that there is not, or one given twice.
     """
     if unknown := [name for name in names if name not in growing.index]:
+        near = difflib.get_close_matches(unknown[0], growing.index, n=3, cutoff=0.5)
         raise ConceptError(
             f"encyclopedia {growing.name!r} has no concept {unknown[0]!r} "
-            f"({len(unknown)} of {len(names)} names unknown); names are those of ftw encyclopedia status"
+            f"({len(unknown)} of {len(names)} names unknown); nearest: {', '.join(near) or 'none'}"
         )
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
@@ -80,7 +82,7 @@ def listed(path: str) -> list[str]:
     """Names of a file, one a line; blank lines are none.
 
     Raises:
-        ConfigError: there is no such file, or it is no list.
+        ConfigError: there is no such file, it is no list, or it is empty.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -91,4 +93,6 @@ def listed(path: str) -> list[str]:
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise ConfigError(f"{file} is no list of names in UTF-8 ({error})") from error
+    if not any(names):
+        raise ConfigError(f"{file} has no name in it; write one a line")
     return [name for name in names if name]

@@ -113,17 +113,11 @@ def train_pack(
         step=step,
         validation=validation,
     )
-    if not config.head.reads_sequences:
-        check_refinement(config.training, solver_of(config), concepts, validation)
+    _check_family(run)
     if leaks is None:
         leaks = check_leaks(encyclopedia.table, leak_config(config, sampled=encyclopedia.spec.sampling is not None))
     if config.head.reads_sequences:
         pack, evaluation = run.sequences()
-    elif encyclopedia.spec.sampling:
-        raise ConfigError(
-            f"hat.lens.family={config.head.family!r} reads pooled states, and sampled answers have none; "
-            "choose hat/lens=lstm, gru, attention, trunk_lstm or token_max"
-        )
     else:
         pack, evaluation = run.by_descent() if solver_of(config) == "adamw" else run.in_closed_form()
     if evaluation is not None:
@@ -213,6 +207,19 @@ class _Run:
             provenance=self.provenance,
             step=self.step,
         )
+
+
+def _check_family(run: _Run) -> None:
+    """Refuse what lenses of this family cannot be trained on, before the work."""
+    head, training = run.config.head, run.config.training
+    if head.reads_sequences:
+        return
+    if run.encyclopedia.spec.sampling:
+        raise ConfigError(
+            f"hat.lens.family={head.family!r} reads pooled states, and sampled answers have none; "
+            "choose hat/lens=lstm, gru, attention, trunk_lstm or token_max"
+        )
+    check_refinement(training, solver_of(run.config), run.concepts, run.validation)
 
 
 def leak_config(config: FitConfig, *, sampled: bool) -> LeakConfig:

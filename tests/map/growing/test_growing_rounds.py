@@ -153,6 +153,17 @@ def test_contrasts_name_the_concepts_that_one_is_confused_with(tmp_path: Path, t
         refine(growing, tiny_substrate, [1], 3, progress=False)
 
 
+def test_names_come_from_a_file_and_one_without_any_is_refused(tmp_path: Path, tiny_substrate: Substrate):
+    growing, names = started(tmp_path / "growing", tiny_substrate), tmp_path / "names.txt"
+    names.write_text(f"{growing.concepts[2]}\n\n  {growing.concepts[0]}\n")
+    assert choose(growing, ChooseConfig(which=str(names))) == [0, 2]
+    names.write_text(" \n\n")
+    with pytest.raises(ConfigError, match="no name in it"):
+        choose(growing, ChooseConfig(which=str(names)))
+    with pytest.raises(ConceptError, match=f"nearest: {growing.concepts[0]}"):
+        choose(growing, ChooseConfig(names=[growing.concepts[0] + "z"]))
+
+
 @pytest.mark.parametrize(
     ("error", "message", "attempt"),
     [
